@@ -1,0 +1,42 @@
+# Thin on purpose: set up once, then call the project's own commands.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test setup lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   convert the demo model and print where the report is"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove the environment, the build and the demo's run"
+
+demo: setup
+	$(BIN)/bitdistill convert --profile demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+# torch comes first, through pip, so that a CPU build configured for pip is kept; uv then does the rest in seconds.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard bitdistill_core/engine/native/*)
+	@command -v $(PYTHON) >/dev/null || { echo "missing: Python 3.11 ($(PYTHON)); install it or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wrong Python: 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (Debian: apt install python3-venv)"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch cmake ninja nanobind scikit-build-core
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build runs/demo

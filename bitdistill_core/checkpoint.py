@@ -1,0 +1,144 @@
+"""Model directories: safetensors weights, config.json, tokenizer. Students and dense models alike.
+
+A student's config.json carries a `bitdistill` entry with its surgery. Loading rebuilds the model, operates on it, and
+only then loads the weights, strictly: a lenient load is how learned SubLN gains get lost.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bitdistill_core.surgery import operate, require_supported
+
+WEIGHTS = "model.safetensors"
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes `directory`/{config.json, model.safetensors, tokenizer files}. Latent weights are kept in fp32."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tied = bool(model.config.tie_word_embeddings)
+    state = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def surgery_record(config: Any) -> dict[str, Any] | None:
+    """The `bitdistill` entry of a model's config (subln, sub_norm_eps, skip_modules), or None for a dense model."""
+    record = getattr(config, "bitdistill", None)
+    return dict(record) if record is not None else None
+
+
+def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fp32 model and tokenizer that `save_model` wrote.
+
+    Raises:
+        ValueError: a missing or unreadable file, or tensors that do not fit the architecture.
+    """
+    for name in ("config.json", WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"a checkpoint directory needs {name}; not found in path={directory}")
+    config = _load_config(str(directory))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    record = surgery_record(config)
+    if record is not None:
+        operate(model, **record)
+    try:
+        state = load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"unreadable checkpoint path={directory / WEIGHTS}: {error}; copy or make it again") from None
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint path={directory} does not fit its config.json: {' '.join(str(error).split())[:600]}") from None
+    return model.eval(), load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no readable tokenizer in path={directory}: {_first_line(error)}") from None
+    return tokenizer
+
+
+def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A full-precision causal LM in fp32 from a directory, a hub id, a GGUF file, or `package:MODULE/file.gguf`.
+
+    Raises:
+        ValueError: not found, unreadable, or an unsupported architecture.
+    """
+    source: dict[str, Any] = {}
+    path = _local_path(checkpoint)
+    if path is not None and path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at base.checkpoint={checkpoint}")
+        source, checkpoint = {"gguf_file": path.name}, str(path.parent)
+    elif path is not None and not (path / "config.json").is_file():
+        raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
+    require_supported(_load_config(checkpoint, **source))
+    options: dict[str, Any] = {}
+    if source:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise ValueError(f"cannot load base.checkpoint={checkpoint}: {_first_line(error)}") from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+def local_files(checkpoint: str) -> list[Path]:
+    """The files of a checkpoint that lies on this machine; none for a hub id."""
+    path = _local_path(checkpoint)
+    if path is None:
+        return []
+    return [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+
+
+def _local_path(checkpoint: str) -> Path | None:
+    if checkpoint.startswith("package:"):
+        return _package_file(checkpoint.removeprefix("package:"))
+    looks_local = checkpoint.endswith(".gguf") or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
+    path = Path(checkpoint).expanduser()
+    return path if looks_local or path.exists() else None
+
+
+def _load_config(source: str, **options: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read a model configuration from {source}: {_first_line(error)}") from None
+
+
+def _package_file(name: str) -> Path:
+    module, _, file = name.partition("/")
+    try:
+        path = Path(str(resources.files(module))) / file
+    except ModuleNotFoundError:
+        raise ValueError(f"base.checkpoint needs the Python package that holds module={module}; pip install it") from None
+    if not path.is_file():
+        raise ValueError(f"no file={file} in the installed package module={module}")
+    return path
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+

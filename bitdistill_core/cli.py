@@ -1,0 +1,255 @@
+"""The `bitdistill` command. Thin: it parses, calls, prints, and turns an error into one line and exit code 1.
+
+Tasks and flows are imported inside the commands that need them, so `--help` and inference stay fast.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Turn a full-precision decoder LM into a packed 1.58-bit student (BitNet Distillation).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The parameter file.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")]
+Profile = Annotated[str, typer.Option(help="demo, or a file name in profiles/.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a parameter.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Replace every seed; the run is then called PROFILE-seedN.")]
+DataRoot = Annotated[str | None, typer.Option(help="Read parquet below this directory instead of the hub.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run, runs/NAME.")]
+Threads = Annotated[int, typer.Option(min=0, help="0: every core.")]
+Model = Annotated[Path, typer.Argument(help="A model.bitdistill file, or a run's directory.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's error, or the machine's, as one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command to go on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def convert(
+    profile: Profile = "demo",
+    overrides: Overrides = [],  # noqa: B006
+    seed: Seed = None,
+    name: Name = None,
+    data_root: DataRoot = None,
+    params_file: ParamsFile = Path("params.yaml"),
+    runs_dir: RunsDir = Path("runs"),
+    track: Annotated[bool, typer.Option(help="Record the run in MLflow.")] = True,
+) -> None:
+    """Convert a model: every stage, from data to report. Finished stages are not run again."""
+    with one_line_errors():
+        from flows.convert import convert as flow
+
+        result = flow(
+            profile=profile,
+            overrides=overrides,
+            seed=seed,
+            name=name,
+            data_root=data_root,
+            params_file=str(params_file),
+            runs_dir=str(runs_dir),
+            track=track,
+        )
+        typer.echo(f"report: {Path(result['run_dir']) / 'report' / 'index.html'}", err=True)
+        print(json.dumps(result))
+
+
+@app.command()
+def stage(
+    stage_name: Annotated[str, typer.Argument(metavar="NAME", help="A stage, or `track` to send a run to MLflow.")],
+    profile: Profile = "demo",
+    overrides: Overrides = [],  # noqa: B006
+    seed: Seed = None,
+    name: Name = None,
+    data_root: DataRoot = None,
+    params_file: ParamsFile = Path("params.yaml"),
+    runs_dir: RunsDir = Path("runs"),
+    track: Annotated[bool, typer.Option(help="Record the stage in MLflow.")] = True,
+) -> None:
+    """Run one stage; the stages before it must be finished. The last line of stdout is JSON."""
+    with one_line_errors():
+        from bitdistill_core.config import load_params, run_name
+
+        if data_root is not None:
+            overrides = [*overrides, f"data.data_root={data_root}"]
+        params = load_params(params_file, profile=profile, overrides=overrides, seed=seed)
+        run_dir = runs_dir / run_name(profile, seed=seed, name=name)
+        if stage_name == "track":
+            from tasks import tracking
+
+            print(json.dumps(tracking.send(run_dir, params)))
+            return
+        from tasks.stages import run_stage
+
+        result = run_stage(stage_name, params, run_dir, profile=profile, track=track)
+        if result.was_up_to_date:
+            typer.echo(f"{stage_name}: up to date", err=True)
+        print(json.dumps({"stage": stage_name, "directory": str(result.directory), "metrics": result.metrics}))
+
+
+@app.command()
+def classify(
+    model: Model,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts; JSON objects for several columns.")],
+    num_threads: Threads = 0,
+) -> None:
+    """Label texts with a packed classifier: label, probability and text, tab-separated."""
+    with one_line_errors():
+        import numpy as np
+
+        from bitdistill_core.engine.model import Engine
+        from bitdistill_core.templates import Template
+
+        engine = Engine.load(packed_path(model), num_threads=num_threads)
+        task = engine.model.task
+        if task is None or task["kind"] != "classification":
+            raise ValueError(f"model={model} is no classifier (task={task and task['name']}); use `bitdistill generate`")
+        template = Template(
+            kind="classification", prompt=task["prompt"], label_words=task["label_words"], answer_column="label"
+        )
+        prompts = [template.render_prompt(_row(template, text)) for text in texts]
+        scores = engine.score(prompts, [" " + word for word in template.label_words])
+        for text, row in zip(texts, scores, strict=True):
+            probabilities = np.exp(row - np.logaddexp.reduce(row))
+            best = int(row.argmax())
+            print(f"{template.label_words[best]}\t{probabilities[best]:.3f}\t{text}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; with --task, the task's input column.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    stop: Annotated[list[str], typer.Option(help="End before this text.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    num_threads: Threads = 0,
+) -> None:
+    """Continue a prompt with a packed model, as it is computed."""
+    with one_line_errors():
+        from bitdistill_core.engine.model import Engine
+
+        engine = Engine.load(packed_path(model), num_threads=num_threads)
+        for piece in engine.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+        ):
+            print(piece, end="", flush=True)
+        print()
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    num_threads: Threads = 0,
+    against: Annotated[Path | None, typer.Option(help="A checkpoint directory to run beside it in PyTorch.")] = None,
+) -> None:
+    """Measure prefill, decode, time to first token and memory. Interleaved rounds, medians."""
+    with one_line_errors():
+        from dataclasses import asdict
+
+        from bitdistill_core import latency
+        from bitdistill_core.engine.model import Engine
+
+        path = packed_path(model)
+        engine = Engine.load(path, num_threads=num_threads)
+        models = {"packed": path, **({"pytorch": against} if against is not None else {})}
+        timings = latency.measure(
+            models,
+            prompt_ids=[i % engine.config.vocab_size for i in range(prompt_tokens)],
+            new_tokens=new_tokens,
+            num_rounds=rounds,
+            warmup_rounds=1,
+            num_threads=engine.num_threads,
+        )
+        print(json.dumps({name: asdict(timing) for name, timing in timings.items()} | {"info": engine.info()}, indent=1))
+
+
+@app.command()
+def inspect(model: Annotated[Path | None, typer.Argument(help="A model.bitdistill file or a run.")] = None,
+            cpu: Annotated[bool, typer.Option("--cpu", help="Show this processor's kernels.")] = False) -> None:  # fmt: skip
+    """Verify a packed file and show what is in it."""
+    with one_line_errors():
+        from bitdistill_core.engine.kernels import active_kernel, available_kernels
+
+        content: dict[str, Any] = {}
+        if cpu:
+            content.update(kernels=list(available_kernels()), active_kernel=active_kernel())
+        if model is not None:
+            from bitdistill_core.engine.model import Engine
+
+            engine = Engine.load(packed_path(model))
+            content.update(engine.info(), task=engine.model.task)
+        if not content:
+            raise ValueError("inspect needs a model or --cpu; got neither")
+        print(json.dumps(content, indent=1))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's directory, like runs/demo.")]) -> None:
+    """Print a finished run's report and where its page is."""
+    with one_line_errors():
+        page = run / "report" / "index.html"
+        if not page.is_file():
+            raise ValueError(f"no report in run={run}; finish it with `bitdistill convert`")
+        print((run / "report" / "report.md").read_text())
+        typer.echo(f"report: {page}", err=True)
+
+
+def packed_path(model: Path) -> Path:
+    """The packed file that a user means by a file, a run or a stage directory."""
+    for candidate in (model, model / "model.bitdistill", model / "pack" / "bitdistill" / "model.bitdistill"):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no packed model at path={model}; give a model.bitdistill file or a finished run")
+
+
+def _row(template: Any, text: str) -> dict[str, Any]:
+    from string import Formatter
+
+    columns = [field for _, field, _, _ in Formatter().parse(template.prompt) if field]
+    if len(columns) == 1:
+        return {columns[0]: text}
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"this task needs columns {', '.join(columns)}: give each text as a JSON object; got {text!r}")
+    return row
+
+
+def main() -> None:
+    """Entry point of the `bitdistill` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""The one params schema: a frozen pydantic model per section of params.yaml, and `load_params`.
+
+A stage receives only its own section. There are no defaults here: params.yaml holds every value, a profile only what
+differs from it. Not for anything that is derived at run time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from bitdistill_core.templates import TEMPLATES, Template
+
+
+class Section(BaseModel):
+    """A section of params.yaml. Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RuntimeConfig(Section):
+    """params.yaml section `runtime`: what the machine is. Never part of a stage's fingerprint."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    num_threads: int = Field(ge=0)  # 0: every core
+
+
+class DataConfig(Section):
+    """params.yaml section `data`: the task's examples and the general corpus."""
+
+    task: str
+    template: Template | None  # the template of task `custom`; null for a built-in task
+    examples: str  # parquet file, directory of SPLIT*.parquet, or data set id on the hub
+    examples_config: str | None  # configuration of that data set on the hub
+    train_split: str
+    eval_splits: list[str] = Field(min_length=1)  # the first one is the headline
+    max_train_examples: int = Field(ge=0)  # 0: all
+    max_eval_examples: int = Field(ge=0)  # 0: all
+    corpus: str  # parquet file, directory of *.parquet, or data set id on the hub
+    corpus_column: str
+    corpus_documents: int = Field(ge=0)  # 0: all
+    data_root: str | None  # read parquet below this directory instead of the hub
+
+    @model_validator(mode="after")
+    def _template_matches_task(self) -> "DataConfig":
+        if (self.task == "custom") != (self.template is not None):
+            raise ValueError(f"data.template must be set exactly when data.task is custom; got task={self.task}")
+        if self.task != "custom" and self.task not in TEMPLATES:
+            raise ValueError(f"data.task must be one of {', '.join(TEMPLATES)}, custom; got task={self.task}")
+        return self
+
+    @property
+    def resolved_template(self) -> Template:
+        """The template of the task, built in or custom."""
+        return self.template if self.template is not None else TEMPLATES[self.task]
+
+
+class TrainSection(Section):
+    """What every training stage shares."""
+
+    seed: int = Field(ge=0)
+    batch_size: int = Field(gt=0)  # sequences an optimiser step
+    gradient_accumulation: int = Field(gt=0)  # micro-batches a step; must divide batch_size
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant", "two_stage"]
+    warmup_ratio: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    adam_beta2: float = Field(gt=0, lt=1)
+    max_grad_norm: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)  # of hidden states at the embedding and after each block; full precision only
+    precision: Literal["float32", "bfloat16"]  # of the forward pass; weights stay float32
+    report_every: int = Field(gt=0)  # steps
+    checkpoint_every: int = Field(gt=0)  # steps
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self) -> "TrainSection":
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                "gradient_accumulation must divide batch_size; got "
+                f"gradient_accumulation={self.gradient_accumulation}, batch_size={self.batch_size}"
+            )
+        return self
+
+
+class BlocksSection(TrainSection):
+    """Training on packed blocks of a corpus."""
+
+    num_tokens: int = Field(ge=0)  # 0: skip
+    block_size: int = Field(gt=1)
+
+
+class TaskSection(TrainSection):
+    """Training on the task's examples."""
+
+    num_epochs: float = Field(gt=0)
+    max_length: int = Field(gt=1)  # tokens of prompt and answer; longer prompts are cut on the left
+
+
+class ScratchConfig(BlocksSection):
+    """A small Qwen3 causal LM trained from nothing, for the demo. Used when base.checkpoint is null."""
+
+    vocab_size: int = Field(ge=300)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=1)
+
+
+class BaseConfig(Section):
+    """params.yaml section `base`: the full-precision LM to convert."""
+
+    checkpoint: str | None  # directory, hub id, file.gguf, or package:MODULE/file.gguf; null trains `scratch`
+    scratch: ScratchConfig
+
+
+class SurgeryConfig(Section):
+    """params.yaml section `surgery`."""
+
+    subln: Literal["none", "output", "all"]
+    sub_norm_eps: float = Field(gt=0)
+    skip_modules: list[str]  # names below `model.` that stay full precision
+
+
+class PretrainConfig(BlocksSection):
+    """params.yaml section `pretrain`: continued pre-training of the student (stage 2 of the paper)."""
+
+
+class TeacherConfig(TaskSection):
+    """params.yaml section `teacher`: full-precision fine-tuning."""
+
+
+class BitnetSftConfig(TaskSection):
+    """params.yaml section `bitnet_sft`: the paper's baseline, ternary fine-tuning and nothing else."""
+
+
+class DistillConfig(TaskSection):
+    """params.yaml section `distill` (stage 3). Symbols from the BitDistill paper in brackets."""
+
+    loss: Literal["paper", "authors"]  # Eq. 8-12, or what the authors' code computes
+    logits_kd_weight: float = Field(ge=0)  # [lambda]
+    attention_kd_weight: float = Field(ge=0)  # [gamma]
+    kd_temperature: float = Field(gt=0)  # [tau]
+    num_relation_heads: int = Field(gt=0)  # [A_r]
+    distill_layers: list[int] = Field(min_length=1)  # [Upsilon] student layers; negative counts from the end
+    teacher_layers: list[int]  # the teacher's, one for one; empty: the same indices
+    grad_norm_every: int = Field(ge=0)  # steps between gradient norms of each loss part; 0: never
+
+    @model_validator(mode="after")
+    def _layers_pair_up(self) -> "DistillConfig":
+        if self.teacher_layers and len(self.teacher_layers) != len(self.distill_layers):
+            raise ValueError(
+                "distill.teacher_layers must be empty or as long as distill.distill_layers; got "
+                f"teacher_layers={self.teacher_layers}, distill_layers={self.distill_layers}"
+            )
+        return self
+
+
+class PackConfig(Section):
+    """params.yaml section `pack`."""
+
+    verify_examples: int = Field(ge=1)  # prompts on which the packed model must repeat the student's prediction
+
+
+class EvaluateConfig(Section):
+    """params.yaml section `evaluate`."""
+
+    batch_size: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0)  # generation tasks
+
+
+class BenchmarkConfig(Section):
+    """params.yaml section `benchmark`."""
+
+    prompt_tokens: int = Field(gt=0)
+    new_tokens: int = Field(gt=0)
+    num_rounds: int = Field(gt=0)
+    warmup_rounds: int = Field(ge=0)
+
+
+class ReportConfig(Section):
+    """params.yaml section `report`."""
+
+    title: str
+    loss_smoothing: float = Field(ge=0, lt=1)  # of the loss curves; 0 shows them raw
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    runtime: RuntimeConfig
+    data: DataConfig
+    base: BaseConfig
+    teacher: TeacherConfig
+    surgery: SurgeryConfig
+    pretrain: PretrainConfig
+    distill: DistillConfig
+    bitnet_sft: BitnetSftConfig
+    pack: PackConfig
+    evaluate: EvaluateConfig
+    benchmark: BenchmarkConfig
+    report: ReportConfig
+
+
+def load_params(
+    path: Path, *, profile: str | None = None, overrides: Sequence[str] = (), seed: int | None = None
+) -> Params:
+    """The validated parameters: params.yaml, then profiles/PROFILE.yaml beside it, then `section.key=value` overrides.
+
+    Args:
+        path: params.yaml.
+        profile: a file name in `profiles/` without its ending; None and "demo" are params.yaml alone.
+        overrides: `section.key=value`, value in YAML.
+        seed: replaces every key `seed`.
+    Raises:
+        ValueError: an unreadable file, an unknown profile or key, a wrong type; the message names the key.
+    """
+    values = _read_yaml(path)
+    if profile is not None and profile != "demo":
+        values = _merged(values, _read_yaml(_profile_path(path, profile)), path=profile)
+    for override in overrides:
+        _apply_override(values, override)
+    if seed is not None:
+        _set_seeds(values, seed)
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_one_message(error)) from None
+
+
+def run_name(profile: str, *, seed: int | None, name: str | None) -> str:
+    """Name of a run: `name`, else the profile, with -seedN when a seed was given."""
+    if name is not None:
+        if not name or name.startswith(".") or "/" in name:
+            raise ValueError(f"the name of a run must be one directory name; got name={name!r}")
+        return name
+    return profile if seed is None else f"{profile}-seed{seed}"
+
+
+def list_profiles(path: Path) -> list[str]:
+    """The profile names beside params.yaml, demo first."""
+    return ["demo", *sorted(p.stem for p in (path.parent / "profiles").glob("*.yaml"))]
+
+
+def _profile_path(path: Path, profile: str) -> Path:
+    if profile not in list_profiles(path):
+        raise ValueError(f"unknown profile={profile}; the profiles are {', '.join(list_profiles(path))}")
+    return path.parent / "profiles" / f"{profile}.yaml"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no parameter file at path={path}; run from the project's root or give --params FILE")
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"parameter file path={path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"parameter file path={path} must hold sections; got {type(values).__name__}")
+    return values
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any], *, path: str) -> dict[str, Any]:
+    """`values` with the leaves of `changes`. Mappings merge, anything else replaces."""
+    out = dict(values)
+    for key, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(out.get(key), Mapping):
+            out[key] = _merged(out[key], change, path=f"{path}.{key}")
+        else:
+            out[key] = change
+    return out
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2:
+        raise ValueError(f"an override reads section.key=value; got {override!r}")
+    node = values
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            raise ValueError(f"unknown key in override {override!r}: {key}; the keys are {', '.join(node)}")
+        node = node[key]
+    if keys[-1] not in node:
+        raise ValueError(f"unknown key in override {override!r}: {keys[-1]}; the keys are {', '.join(node)}")
+    try:
+        node[keys[-1]] = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise ValueError(f"the value of override {override!r} is not YAML") from None
+
+
+def _set_seeds(values: dict[str, Any], seed: int) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _set_seeds(value, seed)
+        elif key == "seed":
+            values[key] = seed
+
+
+def _one_message(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+        text = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(item["type"], item["msg"])
+        parts.append(f"{where}: {text.removeprefix('Value error, ')}{got}")
+    return "invalid parameters: " + "; ".join(parts)

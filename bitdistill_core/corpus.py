@@ -1,0 +1,90 @@
+"""The general corpus as token blocks: documents joined by the end-of-text token, cut into blocks of equal length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bitdistill_core.losses import Batch, Totals
+from bitdistill_core.progress import progress_bar
+
+DOCUMENTS_AT_ONCE = 1024
+
+
+def iter_texts(directory: Path) -> Iterator[list[str]]:
+    """The documents of `directory`/*.parquet (column `text`), in file order, in lists."""
+    for path in sorted(directory.glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(DOCUMENTS_AT_ONCE, columns=["text"]):
+                yield batch.column(0).to_pylist()
+
+
+def tokenize_corpus(directory: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, out: Path) -> np.ndarray:
+    """Token ids of the corpus, at most `max_tokens`, as a memory-mapped uint32 file (made once, atomically).
+
+    Each document ends with the end-of-text token.
+
+    Raises:
+        ValueError: an empty corpus, or a tokenizer without end-of-text token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("continued pre-training needs a tokenizer with an end-of-text token; this one has none")
+    if not out.is_file():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_suffix(".saving")
+        written = 0
+        with temporary.open("wb") as file, progress_bar("tokenize", total=None, unit="token") as bar:
+            for texts in iter_texts(directory):
+                ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in (*one, end)]
+                ids = ids[: max_tokens - written]
+                np.asarray(ids, dtype=np.uint32).tofile(file)
+                written += len(ids)
+                bar.update(len(ids))
+                if written >= max_tokens:
+                    break
+        if not written:
+            raise ValueError(f"the corpus in path={directory} is empty; check data.corpus and data.corpus_column")
+        temporary.replace(out)
+    return np.memmap(out, dtype=np.uint32, mode="r")
+
+
+class BlockBatches:
+    """step -> micro-batches of blocks, shuffled anew each epoch. A pure function of (tokens, seed, step)."""
+
+    def __init__(
+        self, tokens: np.ndarray, *, block_size: int, batch_size: int, gradient_accumulation: int, seed: int
+    ) -> None:
+        if len(tokens) < block_size:
+            raise ValueError(
+                f"the corpus must hold at least one block; got num_tokens={len(tokens)}, block_size={block_size}"
+            )
+        self.tokens, self.block_size = tokens, block_size
+        self.num_blocks = len(tokens) // block_size
+        self.batch_size, self.micro_size = batch_size, batch_size // gradient_accumulation
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __call__(self, step: int) -> list[Batch]:
+        first = step * self.batch_size
+        blocks = np.stack([self._block(i) for i in range(first, first + self.batch_size)])
+        ids = torch.from_numpy(blocks)
+        size = self.block_size
+        totals = Totals(self.batch_size, self.batch_size * size, self.batch_size * (size - 1))
+        return [
+            Batch(part, part, torch.full((len(part),), size), totals) for part in ids.split(self.micro_size)
+        ]
+
+    def _block(self, index: int) -> np.ndarray:
+        epoch, index = divmod(index, self.num_blocks)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self.num_blocks)
+            # blocks of a later epoch start elsewhere, so sentences are not always cut alike
+            self._shift = int(rng.integers(len(self.tokens) - self.num_blocks * self.block_size + 1))
+        start = self._shift + int(self._order[index]) * self.block_size
+        return self.tokens[start : start + self.block_size].astype(np.int64)

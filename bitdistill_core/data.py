@@ -1,0 +1,136 @@
+"""Task examples: prompts and answers as tokens, and the batches of a training step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bitdistill_core.losses import Batch, Totals
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one example; the answer is what is supervised."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own leading special tokens if it has any."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # some tokenizers also append the end
+    return ids
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ends: bool) -> list[int]:
+    """Token ids of an answer; `ends` appends the end-of-text token, which generation needs to stop."""
+    ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if ends and tokenizer.eos_token_id is not None:
+        ids = [*ids, int(tokenizer.eos_token_id)]
+    return ids
+
+
+def load_examples(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, window: int, is_generation: bool
+) -> list[Example]:
+    """Tokenised examples of a parquet file with columns `prompt` and `answer`.
+
+    A prompt that does not fit `max_length` together with its answer loses tokens on the left, after the leading
+    special token.
+
+    Args:
+        max_length: tokens of prompt and answer; window: the model's, which max_length must not exceed.
+    Raises:
+        ValueError: no examples, max_length beyond the window, or an answer that leaves no room for a prompt.
+    """
+    if max_length > window:
+        raise ValueError(f"max_length must not exceed the model's window; got max_length={max_length}, window={window}")
+    table = pq.read_table(path, columns=["prompt", "answer"])
+    if table.num_rows == 0:
+        raise ValueError(f"no examples in path={path}; check data.examples and data.train_split")
+    prompts, answers = table["prompt"].to_pylist(), table["answer"].to_pylist()
+    unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
+    has_bos = bool(encode_prompt(tokenizer, "x")[:1] == [tokenizer.bos_token_id])
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        prompt_ids, answer_ids = encode_prompt(tokenizer, prompt), unique_answers[answer]
+        if is_generation:
+            answer_ids = answer_ids[: max(1, max_length // 2)]
+        room = max_length - len(answer_ids)
+        if room < 2:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a prompt beside an answer of num_tokens={len(answer_ids)}; "
+                "raise max_length"
+            )
+        if len(prompt_ids) > room:
+            head = prompt_ids[:1] if has_bos else []
+            prompt_ids = head + prompt_ids[len(prompt_ids) - room + len(head) :]
+        examples.append(Example(prompt_ids, answer_ids))
+    return examples
+
+
+class ExampleBatches:
+    """step -> micro-batches, shuffled anew each epoch and grouped by length to save padding.
+
+    A pure function of (examples, seed, step).
+    """
+
+    GROUP = 16  # batches among which examples are sorted by length
+
+    def __init__(self, examples: Sequence[Example], *, batch_size: int, gradient_accumulation: int, seed: int) -> None:
+        self.examples = examples
+        self.batch_size = min(batch_size, len(examples))
+        self.micro_size = max(1, self.batch_size // gradient_accumulation)
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[np.ndarray] = []
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(e.prompt_ids) + len(e.answer_ids) for e in self.examples])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch; the last, incomplete batch is left out."""
+        return len(self.examples) // self.batch_size
+
+    def __call__(self, step: int) -> list[Batch]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        chosen = [self.examples[i] for i in self._order[index]]
+        totals = Totals(
+            num_sequences=len(chosen),
+            num_tokens=sum(len(e.prompt_ids) + len(e.answer_ids) for e in chosen),
+            num_targets=sum(len(e.answer_ids) for e in chosen),
+        )
+        return [collate(chosen[i : i + self.micro_size], totals) for i in range(0, len(chosen), self.micro_size)]
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.examples))
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), self.batch_size * self.GROUP):
+            group = order[start : start + self.batch_size * self.GROUP]
+            group = group[np.argsort(self._lengths[group], kind="stable")]
+            full = len(group) // self.batch_size * self.batch_size
+            batches += [group[i : i + self.batch_size] for i in range(0, full, self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))][: self.steps_per_epoch]
+
+
+def collate(examples: Sequence[Example], totals: Totals) -> Batch:
+    """A right-padded batch; only answers are labelled. Padding is token 0, which nothing sees."""
+    lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
+    input_ids = torch.zeros(len(examples), max(lengths), dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    for row, example in enumerate(examples):
+        input_ids[row, : lengths[row]] = torch.tensor(example.prompt_ids + example.answer_ids)
+        labels[row, len(example.prompt_ids) : lengths[row]] = torch.tensor(example.answer_ids)
+    return Batch(input_ids, labels, torch.tensor(lengths), totals)

@@ -1,0 +1,73 @@
+"""The packed model's own tokenizer, and text streamed from token ids."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class EngineTokenizer:
+    """A `tokenizers` tokenizer from the bytes of a tokenizer.json, without truncation or padding."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise ValueError(f"the packed model's tokenizer.json cannot be read: {error}; pack the model again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; `add_special_tokens` puts the model's own marks (often a BOS) around them."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one token by its exact text, None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def stream(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as `ids` arrive after `prompt_ids`; their sum is the text that follows the prompt.
+
+        A piece waits until its characters are whole: bytes of one character may be spread over tokens. The last
+        prompt tokens are decoded along, because a first word may lose its leading space when decoded alone.
+        """
+        window = list(prompt_ids[-4:])
+        emitted = self.decode(window)
+        for token in ids:
+            window.append(token)
+            text = self.decode(window)
+            if text.endswith(REPLACEMENT):
+                continue
+            if len(text) > len(emitted):
+                yield text[len(emitted) :]
+            window = window[-4:]
+            emitted = self.decode(window)
+        text = self.decode(window)
+        if len(text) > len(emitted):
+            yield text[len(emitted) :]
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """`pieces` up to the first occurrence of a string in `stop`, which is left out.
+
+    Text that may be the beginning of a stop string is held back until it is known not to be.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [position for text in stop if (position := held.find(text)) >= 0]
+        if found:
+            if min(found) > 0:
+                yield held[: min(found)]
+            return
+        keep = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        ready, held = held[: len(held) - keep], held[len(held) - keep :]
+        if ready:
+            yield ready
+    if held:
+        yield held

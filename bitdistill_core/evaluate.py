@@ -1,0 +1,234 @@
+"""Evaluation through lm-eval: this project's task files over a PyTorch model or the packed model.
+
+One adapter serves both. Prompts and answers are encoded as in training, not by joining strings, so teacher, student
+and packed model see the same tokens. lm_eval and datasets are imported inside the functions that need them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitdistill_core import losses
+from bitdistill_core.data import Example, collate, encode_answer, encode_prompt
+from bitdistill_core.progress import progress_bar
+
+TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
+
+Request = tuple[list[int], list[int]]  # token ids of a prompt and of an answer
+
+
+class Scorer(Protocol):
+    """A language model as evaluation sees it."""
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+    def encode_answer(self, text: str) -> list[int]: ...
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """Yields (index of the request, log-probability of its answer) in any order."""
+        ...
+
+    def generate(self, prompt: str, max_new_tokens: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One split of a task on one model."""
+
+    metrics: dict[str, float]
+    num_examples: int
+    predictions: list[dict[str, Any]]  # index, label, prediction, scores | index, prediction, reference
+
+
+class TorchScorer:
+    """A transformers model, dense or student."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, device: torch.device
+    ) -> None:
+        self.model, self.tokenizer = model.to(device).eval(), tokenizer
+        self.batch_size, self.device = batch_size, device
+        self.window = int(model.config.max_position_embeddings)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids, as in training."""
+        return encode_prompt(self.tokenizer, text)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids, as in training."""
+        return encode_answer(self.tokenizer, text, ends=False)
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """Log-probabilities of answers. Answers that share all but their last token share one forward pass."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for index, (prompt, answer) in enumerate(requests):
+            rows.setdefault((*prompt, *answer[:-1]), []).append(index)
+        ordered = sorted(rows.items(), key=lambda row: len(row[0]))
+        for start in range(0, len(ordered), self.batch_size):
+            part = ordered[start : start + self.batch_size]
+            batch = collate([Example(list(ids)[-self.window :], []) for ids, _ in part], losses.Totals(1, 1, 1))
+            batch = batch.to(self.device)
+            hidden = losses.hidden_states(self.model, batch)
+            for row, (ids, indices) in enumerate(part):
+                used = min(len(ids), self.window)
+                for index in indices:
+                    answer = requests[index][1]
+                    log_probs = losses.head_logits(self.model, hidden[row, used - len(answer) : used]).float()
+                    log_probs = log_probs.log_softmax(-1)
+                    yield index, float(log_probs[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        """The greedy continuation, up to the end-of-text token."""
+        ids = self.encode_prompt(prompt)[-(self.window - max_new_tokens) :]
+        inputs = torch.tensor([ids], device=self.device)
+        out = self.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        text: str = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return text
+
+
+class PackedScorer:
+    """A packed model in the CPU engine."""
+
+    def __init__(self, path: Path) -> None:
+        from bitdistill_core.engine.model import Engine
+
+        self.engine = Engine.load(path)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids, as in training."""
+        return self.engine.tokenizer.encode(text, add_special_tokens=True)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids, as in training."""
+        return self.engine.tokenizer.encode(text, add_special_tokens=False)
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """Log-probabilities of answers."""
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for index, (prompt, _) in enumerate(requests):
+            contexts.setdefault(tuple(prompt), []).append(index)
+        for indices in contexts.values():
+            for index, (log_prob, _) in zip(
+                indices, self.engine.score_ids([requests[i] for i in indices]), strict=True
+            ):
+                yield index, log_prob
+
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        """The greedy continuation, up to the end-of-text token."""
+        return "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens))
+
+
+def evaluate_split(
+    scorer: Scorer, *, task: str, is_generation: bool, examples: Path, split: str, max_new_tokens: int
+) -> Evaluation:
+    """Runs one split through lm-eval's evaluator.
+
+    Args:
+        task: a file in lm_eval_tasks/, or `custom` for the template in the parameters.
+        examples: parquet written by the `data` stage.
+    """
+    import datasets
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.utils import load_yaml_config
+
+    name = f"custom_{'generation' if is_generation else 'classification'}" if task == "custom" else task
+    rows = pq.read_table(examples).to_pylist()
+    config = load_yaml_config(str(TASK_FILES / f"{name}.yaml"), mode="full")
+    config.update(
+        task=f"{config['task']}_{split}",
+        test_split=split,
+        custom_dataset=lambda **_: {split: datasets.Dataset.from_list(rows)},
+    )
+    results = simple_evaluate(
+        model=_adapter(scorer, max_new_tokens, f"{task} {split}"),
+        tasks=[config],
+        task_manager=_empty_task_manager(),
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    values, samples = results["results"][config["task"]], results["samples"][config["task"]]
+    names = {"acc,none": "accuracy"}
+    metrics = {
+        names.get(key, key.removesuffix(",none")): float(value)
+        for key, value in values.items()
+        if key.endswith(",none") and "stderr" not in key
+    }
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    return Evaluation(metrics, len(samples), [_prediction(sample, is_generation) for sample in samples])
+
+
+def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
+    """95% Wilson score interval of a share, as fractions."""
+    z = 1.959963984540054
+    centre = accuracy + z**2 / (2 * num_examples)
+    spread = z * ((accuracy * (1 - accuracy) + z**2 / (4 * num_examples)) / num_examples) ** 0.5
+    scale = 1 + z**2 / num_examples
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def _prediction(sample: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+    if is_generation:
+        return {
+            "index": sample["doc_id"],
+            "prediction": sample["filtered_resps"][0].strip(),
+            "reference": sample["doc"]["reference"],
+        }
+    scores = [float(response[0]) for response in sample["filtered_resps"]]
+    return {
+        "index": sample["doc_id"],
+        "label": sample["doc"]["label"],
+        "prediction": int(np.argmax(scores)),
+        "scores": [round(score, 5) for score in scores],
+    }
+
+
+def _empty_task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)  # parsing the shipped task files takes many seconds
+
+
+def _adapter(scorer: Scorer, max_new_tokens: int, name: str) -> Any:
+    """The scorer as lm-eval's LM."""
+    from lm_eval.api.model import LM
+
+    class Adapter(LM):
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            pairs = [(r.args[0], r.args[1]) for r in requests]
+            prompts = {text: scorer.encode_prompt(text) for text in {p for p, _ in pairs}}
+            answers = {text: scorer.encode_answer(text) for text in {a for _, a in pairs}}
+            encoded = [(prompts[p], answers[a]) for p, a in pairs]
+            out = [0.0] * len(pairs)
+            with progress_bar(f"evaluate {name}", total=len(pairs), unit="answer") as bar:
+                for index, log_prob in scorer.score(encoded):
+                    out[index] = log_prob
+                    bar.update()
+            return [(value, False) for value in out]  # accuracy does not ask whether an answer is greedy
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            raise ValueError("this project's tasks score answers or generate text; none asks for rolling likelihood")
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            with progress_bar(f"evaluate {name}", total=len(requests), unit="text") as bar:
+                out = []
+                for request in requests:
+                    out.append(scorer.generate(request.args[0], max_new_tokens))
+                    bar.update()
+                return out
+
+    return Adapter()

@@ -1,0 +1,187 @@
+"""What is up to date: the one judge, whoever drives (command line, Prefect or DVC).
+
+A stage's directory appears whole or not at all. It is written beside, under `.work/`, and renamed when the stage has
+finished; its manifest.json (configuration, digests of inputs and outputs, code version) is written last. Training
+checkpoints live in `.work/` too and survive an interruption.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from bitdistill_core import __version__
+
+MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+METRICS_LOG = "metrics.jsonl"
+
+Metrics = dict[str, float]
+Report = Callable[[dict[str, float], int], None]
+
+
+def discard(metrics: dict[str, float], step: int) -> None:
+    """A report that keeps nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a stage."""
+
+    directory: Path
+    metrics: Metrics
+    was_up_to_date: bool
+    seconds: float  # of the run that made the directory
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished stage.
+
+    Raises:
+        ValueError: the stage has not finished there, or a file is missing, cut short or changed since.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"no finished stage in path={directory} ({MANIFEST} is missing); run that stage first")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        outputs: Mapping[str, str] = manifest["outputs"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        raise ValueError(f"unreadable manifest path={path}; delete {directory} and run the stage again") from None
+    for name, digest in outputs.items():
+        file = directory / name
+        if not file.is_file() or _digest_file(file) != digest:
+            state = "changed" if file.is_file() else "missing"
+            raise ValueError(f"{state} file path={file} since its stage finished; delete {directory} and run it again")
+    return manifest
+
+
+def execute(
+    stage: str,
+    run: Callable[..., Metrics],
+    config: BaseModel,
+    inputs: Any,
+    *,
+    directory: Path,
+    work_root: Path,
+    sources: Sequence[Path] = (),
+    report: Report = discard,
+    **context: Any,
+) -> Result:
+    """Runs a stage unless its directory holds the result of the same configuration, inputs and code.
+
+    Args:
+        stage: its name, part of the fingerprint.
+        run: `run(config, inputs, *, out_dir, work_dir, report, **context)`, which returns its final metrics.
+        inputs: a dataclass of stage directories.
+        directory: where the result appears; work_root: where the stage works until then.
+        sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
+        context: passed on; no part of the fingerprint (device, threads).
+    """
+    digests = {name: _digest_outputs(Path(path)) for name, path in asdict(inputs).items()}
+    identity = {
+        "stage": stage,
+        "config": config.model_dump(mode="json"),
+        "inputs": digests,
+        "version": __version__,
+        "sources": {path.name: _digest_file(path) for path in sources},
+    }
+    fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
+    done = _finished(directory, fingerprint)
+    if done is not None:
+        return done
+    work_dir = _work_dir(work_root, fingerprint)
+    out_dir = work_dir / "out"
+    shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True)
+    started = time.time()
+    recorder = _Recorder(work_dir / METRICS_LOG, report)
+    metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
+    seconds = recorder.seconds_before + time.time() - started
+    recorder.copy_to(out_dir / METRICS_LOG)
+    (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    outputs = {str(p.relative_to(out_dir)): _digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
+    manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, "seconds": seconds, "started": started}
+    (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _replace_directory(out_dir, directory)
+    shutil.rmtree(work_dir, ignore_errors=True)
+    return Result(directory, metrics, was_up_to_date=False, seconds=seconds)
+
+
+class _Recorder:
+    """Appends every report to metrics.jsonl in the work directory and passes it on."""
+
+    def __init__(self, path: Path, report: Report) -> None:
+        self.path, self.report = path, report
+        self.lines: list[dict[str, float]] = []
+        if path.is_file():
+            self.lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        times = [line["time"] for line in self.lines]
+        self.seconds_before = times[-1] - times[0] if times else 0.0
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        line = {"step": step, "time": time.time(), **metrics}
+        if self.lines and step <= self.lines[-1]["step"]:  # a resumed run repeats the steps since its checkpoint
+            self.lines = [old for old in self.lines if old["step"] < step or not set(old).intersection(metrics)]
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.report(metrics, step)
+
+    def copy_to(self, path: Path) -> None:
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def _finished(directory: Path, fingerprint: str) -> Result | None:
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_manifest(directory)
+    except ValueError:
+        return None  # damaged: make it again
+    if manifest.get("fingerprint") != fingerprint:
+        return None
+    metrics: Metrics = json.loads((directory / METRICS).read_text())
+    return Result(directory, metrics, was_up_to_date=True, seconds=float(manifest["seconds"]))
+
+
+def _work_dir(work_root: Path, fingerprint: str) -> Path:
+    """The work directory of this fingerprint; what another configuration left behind is removed."""
+    marker = work_root / "fingerprint"
+    if work_root.is_dir() and (not marker.is_file() or marker.read_text() != fingerprint):
+        shutil.rmtree(work_root)
+    work_root.mkdir(parents=True, exist_ok=True)
+    marker.write_text(fingerprint)
+    return work_root
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        old = source.parent / "replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(source, target)
+
+
+def _digest_outputs(directory: Path) -> str:
+    outputs = read_manifest(directory)["outputs"]
+    content = {name: digest for name, digest in outputs.items() if name not in (METRICS, METRICS_LOG)}
+    return _digest_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

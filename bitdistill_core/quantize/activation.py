@@ -1,0 +1,43 @@
+"""Per-token absmax INT8 activations (BitDistill Eq. 3), and per-row INT8 for embeddings (packing)."""
+
+import torch
+from torch import Tensor
+
+from bitdistill_core.quantize.straight_through import straight_through
+
+ABSMAX_FLOOR = 1e-5
+
+
+@torch.no_grad()
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes and absmax scale of each token.
+
+    x_int8 = clip(round(x / activation_scale), -128, 127), activation_scale = absmax / 127, so that
+    x ~ activation_scale * x_int8. BitDistill Eq. 3. Rounds half to even; the absmax has a floor of 1e-5.
+
+    Args:
+        x: (..., K), any float dtype. Computed in fp32.
+    Returns:
+        x_int8 (..., K) int8; activation_scale (..., 1) fp32.
+    """
+    absmax = x.float().abs().amax(dim=-1, keepdim=True).clamp_(min=ABSMAX_FLOOR)
+    return (x.float() * (127.0 / absmax)).round_().clamp_(-128, 127).to(torch.int8), absmax / 127.0
+
+
+def fake_quantize_activation(x: Tensor) -> Tensor:
+    """`activation_scale * x_int8` in the dtype of `x`, with the straight-through gradient."""
+    with torch.no_grad():
+        absmax = x.float().abs().amax(dim=-1, keepdim=True).clamp_(min=ABSMAX_FLOOR)
+        quantized = (x.float() * (127.0 / absmax)).round_().clamp_(-128, 127).mul_(absmax / 127.0).to(x.dtype)
+    return straight_through(x, quantized)
+
+
+@torch.no_grad()
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes (V, D) and fp32 scales (V,) of an embedding: absmax of each row / 127.
+
+    Quantising `scales * codes` again gives the same codes.
+    """
+    absmax = weight.float().abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    scale = absmax / 127.0
+    return (weight.float() / scale).round_().clamp_(-127, 127).to(torch.int8), scale.squeeze(-1)

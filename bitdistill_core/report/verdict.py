@@ -1,0 +1,72 @@
+"""The sentences that the numbers of results.json justify, good or bad."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitdistill_core.report.formatting import metric, p_value, percent, points, times
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """One sentence: BitDistill against its teacher and against BitNet-SFT, then size and speed."""
+    quality = _accuracy_verdict(results) if results["paired"] else _generation_verdict(results)
+    return f"{quality}{_cost_clause(results)}."
+
+
+def floors(results: Mapping[str, Any]) -> str:
+    """What needs no language model, and who fails to beat it. Empty without floors."""
+    known = results["floors"]
+    if not known:
+        return ""
+    names = {"majority_accuracy": "always the commonest label", "naive_bayes_accuracy": "naive Bayes on words"}
+    best = max(known.values())
+    beaten = [
+        name
+        for name, row in zip(("FP16-SFT", "BitNet-SFT", "BitDistill"), results["rows"], strict=True)
+        if row["accuracy"] is not None and row["accuracy"] <= best
+    ]
+    text = f"Floors on {results['headline_split']}, which need no language model: "
+    text += ", ".join(f"{names[name]} {percent(value)}" for name, value in known.items()) + "."
+    return text + (f" Not above the higher floor: {', '.join(beaten)}." if beaten else "")
+
+
+def _accuracy_verdict(results: Mapping[str, Any]) -> str:
+    teacher, baseline = results["paired"]["bitdistill_vs_fp16_sft"], results["paired"]["bitdistill_vs_bitnet_sft"]
+    return (
+        f"On {results['headline_split']} BitDistill is {_comparison(teacher)} its FP16 teacher {_evidence(teacher)} "
+        f"and {_comparison(baseline)} BitNet-SFT {_evidence(baseline)}"
+    )
+
+
+def _comparison(paired: Mapping[str, Any]) -> str:
+    """Words for a difference. An interval that holds zero is said not to tell the two apart."""
+    difference = paired["difference"]
+    size = f"{abs(100 * difference):.1f} points {'below' if difference < 0 else 'above'}"
+    if paired["ci_low"] <= 0 <= paired["ci_high"]:
+        return f"not distinguishable from ({size})" if difference else "not distinguishable from (no difference)"
+    return size
+
+
+def _evidence(paired: Mapping[str, Any]) -> str:
+    low, high = points(paired["ci_low"]), points(paired["ci_high"])
+    return f"(95% interval {low} to {high}, {p_value(paired['mcnemar_p'])})"
+
+
+def _generation_verdict(results: Mapping[str, Any]) -> str:
+    teacher, baseline, student = results["rows"]
+    split = results["splits"][results["headline_split"]]["fp16_sft"]["metrics"]
+    name = "rougeLsum" if "rougeLsum" in split else next(iter(split))
+    return (
+        f"On {results['headline_split']} BitDistill reaches {name} {metric(name, student[name])}, its FP16 teacher "
+        f"{metric(name, teacher[name])} and BitNet-SFT {metric(name, baseline[name])} (no intervals for generated text)"
+    )
+
+
+def _cost_clause(results: Mapping[str, Any]) -> str:
+    teacher, _, student = results["rows"]
+    parts = []
+    if teacher["file_mib"] and student["file_mib"]:
+        parts.append(f"its file is {times(student['file_mib'] / teacher['file_mib'])} the size")
+    if teacher["decode_tokens_per_second"] and student["decode_tokens_per_second"]:
+        ratio = student["decode_tokens_per_second"] / teacher["decode_tokens_per_second"]
+        parts.append(f"it decodes at {times(ratio)} the speed")
+    return "; against the teacher " + " and ".join(parts) if parts else "; size and speed were not measured"

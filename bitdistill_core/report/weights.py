@@ -1,0 +1,56 @@
+"""Where latent weights lie relative to the ternary thresholds (BitDistill figure 2), one tensor in memory at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitdistill_core.quantize.ternary import quantize_weight
+
+RANGE = 3.0  # the histogram covers weight / weight_scale from -RANGE to RANGE
+NUM_BINS = 120  # so that the thresholds +-0.5 are bin edges
+NEAR = 0.05  # "near a threshold", in units of weight_scale
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """The latent weights of every BitLinear of a checkpoint, each tensor divided by its weight_scale."""
+
+    num_weights: int
+    density: list[float]  # NUM_BINS values; the area below the curve is the share inside the range
+    code_shares: tuple[float, float, float]  # of -1, 0, 1
+    near_share: float  # within NEAR of a threshold
+
+
+def summarize(weights: Path, modules: Sequence[str]) -> WeightSummary:
+    """The summary of `modules`' weights in a safetensors file.
+
+    Raises:
+        ValueError: an unreadable file or one that lacks a module's weight.
+    """
+    histogram = torch.zeros(NUM_BINS, dtype=torch.float64)
+    codes = torch.zeros(3, dtype=torch.float64)
+    num_weights, num_near = 0, 0
+    try:
+        with safe_open(weights, framework="pt") as file:
+            missing = [module for module in modules if f"{module}.weight" not in set(file.keys())]
+            if missing or not modules:
+                raise ValueError(
+                    "the weight histogram needs the weight of every BitLinear; got "
+                    f"missing={', '.join(missing) or 'all'} in path={weights}; run that stage again"
+                )
+            for module in modules:
+                weight = file.get_tensor(f"{module}.weight").float()
+                w_ternary, weight_scale = quantize_weight(weight)
+                relative = weight.div_(weight_scale)
+                histogram += torch.histc(relative, NUM_BINS, -RANGE, RANGE).double()
+                codes += torch.bincount(w_ternary.flatten().to(torch.int64) + 1, minlength=3).double()
+                num_near += int(((relative.abs() - 0.5).abs() <= NEAR).sum())
+                num_weights += relative.numel()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"unreadable weights path={weights}: {error}; run that stage again") from None
+    shares = [float(share) for share in codes / num_weights]
+    density = histogram / (num_weights * 2 * RANGE / NUM_BINS)
+    return WeightSummary(num_weights, density.tolist(), (shares[0], shares[1], shares[2]), num_near / num_weights)

@@ -1,0 +1,107 @@
+"""Where rows come from: a parquet file with a `split` column, a directory of SPLIT*.parquet, or the hub.
+
+Parquet needs pyarrow only; the hub needs `datasets`, imported when it is used.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Source = Path | str  # a local file or directory, or a hub id
+
+
+def locate(name: str, config: str | None, data_root: str | None) -> Source:
+    """The local path of a data set, or its hub id where it has none.
+
+    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below:
+    DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME, where hub ids like nyu-mll/glue have BASENAME glue.
+
+    Raises:
+        ValueError: not found below data_root, or a path that does not exist.
+    """
+    if data_root is None:
+        if Path(name).exists():
+            return Path(name)
+        if name.endswith(".parquet") or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ValueError(f"no data at path={name}; give a parquet file, a directory of parquet files or a hub id")
+        return name
+    base = Path(data_root) / name.rsplit("/", 1)[-1]
+    candidates = [Path(data_root) / name, *([base / config] if config else []), base]
+    for path in candidates:
+        if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
+            return path
+    tried = ", ".join(str(path) for path in candidates)
+    raise ValueError(f"data_root={data_root} holds no parquet for {name}; tried {tried}")
+
+
+def split_files(source: Path, split: str | None) -> list[Path]:
+    """The files of a split: SPLIT.parquet or SPLIT-*.parquet in a directory, or the file itself.
+
+    Split None means the training files of a directory, or all its files where none is called train.
+    """
+    if source.is_file():
+        return [source]
+    if split is None:
+        return sorted(source.glob("train*.parquet")) or sorted(source.glob("*.parquet"))
+    files = sorted({*source.glob(f"{split}.parquet"), *source.glob(f"{split}-*.parquet")})
+    if not files:
+        names = ", ".join(sorted(p.name for p in source.glob("*.parquet")))
+        raise ValueError(f"no file of split={split} in path={source}; it holds {names}")
+    return files
+
+
+def read_rows(source: Source, split: str, config: str | None, *, limit: int) -> Iterator[Mapping[str, Any]]:
+    """The rows of a split as mappings, at most `limit` (0: all)."""
+    if isinstance(source, str):
+        rows: Iterator[Mapping[str, Any]] = iter(_load_hub(source, config, split, streaming=False))
+    else:
+        rows = _iter_parquet(source, split)
+    for number, row in enumerate(rows):
+        if limit and number >= limit:
+            return
+        yield row
+
+
+def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:
+    """The non-empty documents of a corpus, at most `limit` (0: all). A hub corpus is streamed."""
+    count = 0
+    if isinstance(source, str):
+        rows = iter(_load_hub(source, None, "train", streaming=True))
+    else:
+        rows = _iter_parquet(source, None)
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"the corpus has no column={column}; its columns are {', '.join(row)}; set data.corpus_column")
+        if row[column] and row[column].strip():
+            yield row[column]
+            count += 1
+            if limit and count >= limit:
+                return
+
+
+def _iter_parquet(source: Path, split: str | None) -> Iterator[Mapping[str, Any]]:
+    for path in split_files(source, split):
+        try:
+            with pq.ParquetFile(path) as file:
+                has_split = source.is_file() and "split" in file.schema_arrow.names
+                for batch in file.iter_batches(1024):
+                    for row in batch.to_pylist():
+                        if split is None or not has_split or row["split"] == split:
+                            yield row
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"unreadable parquet path={path}: {str(error).splitlines()[0]}") from None
+
+
+def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # the hub client raises many types, also for "no network"
+        raise ValueError(
+            f"cannot load split={split} of data set {name} ({config}) from the hub: {str(error).splitlines()[0]}; "
+            "check the name and the network, or give --data-root DIR with parquet files"
+        ) from None

@@ -1,0 +1,155 @@
+"""Stage `data`: the task's examples as prompts and answers, the general corpus, and a bag-of-words floor.
+
+Writes examples/SPLIT.parquet (prompt, answer, choices, label, reference), corpus/*.parquet (text), task.json.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from bitdistill_core import naive_bayes, sources as data_sources
+from bitdistill_core.config import DataConfig
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.progress import progress_bar
+from bitdistill_core.templates import Template
+
+DOCUMENTS_A_SHARD = 100_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The first stage: no inputs."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """task.json: what later stages need to know about the task."""
+
+    name: str
+    kind: str  # classification | generation
+    eval_splits: list[str]
+    prompt: str
+    label_words: list[str]
+
+
+def read_task(directory: Path) -> Task:
+    """The task that a finished `data` stage describes."""
+    return Task(**json.loads((directory / "task.json").read_text()))
+
+
+def examples_path(directory: Path, split: str) -> Path:
+    """The examples of a split in a finished `data` stage."""
+    return directory / "examples" / f"{split}.parquet"
+
+
+def sources(config: DataConfig) -> list[Path]:
+    """The local files that the stage reads."""
+    examples = data_sources.locate(config.examples, config.examples_config, config.data_root)
+    corpus = data_sources.locate(config.corpus, None, config.data_root)
+    files: list[Path] = []
+    if isinstance(examples, Path):
+        for split in (config.train_split, *config.eval_splits):
+            files += data_sources.split_files(examples, split)
+    if isinstance(corpus, Path):
+        files += data_sources.split_files(corpus, None)
+    return sorted(set(files))
+
+
+def run(
+    config: DataConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
+) -> Metrics:
+    """Renders every example through the task's template.
+
+    Raises:
+        ValueError: data not found, an empty split, a label outside the template.
+    """
+    template = config.resolved_template
+    source = data_sources.locate(config.examples, config.examples_config, config.data_root)
+    metrics: Metrics = {}
+    tables: dict[str, pa.Table] = {}
+    for split in dict.fromkeys((config.train_split, *config.eval_splits)):
+        limit = config.max_train_examples if split == config.train_split else config.max_eval_examples
+        rows = data_sources.read_rows(source, split, config.examples_config, limit=limit)
+        tables[split] = _render(rows, template, split)
+        path = examples_path(out_dir, split)
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(tables[split], path, compression="zstd")
+        metrics[f"data/num_examples_{split}"] = tables[split].num_rows
+    train_path = examples_path(out_dir, config.train_split)
+    if config.train_split != "train":
+        train_path.rename(examples_path(out_dir, "train"))
+    corpus = data_sources.locate(config.corpus, None, config.data_root)
+    texts = data_sources.iter_texts(corpus, config.corpus_column, limit=config.corpus_documents)
+    metrics["data/num_documents"] = _write_corpus(texts, out_dir / "corpus")
+    if template.kind == "classification":
+        metrics.update(_floors(tables[config.train_split], tables[config.eval_splits[0]]))
+    task = Task(config.task, template.kind, config.eval_splits, template.prompt, template.label_words)
+    (out_dir / "task.json").write_text(json.dumps(asdict(task), indent=1) + "\n")
+    report(metrics, 0)
+    return metrics
+
+
+def _render(rows: Iterable[Mapping[str, Any]], template: Template, split: str) -> pa.Table:
+    choices = [" " + word for word in template.label_words]
+    columns: dict[str, list[Any]] = {"prompt": [], "answer": [], "choices": [], "label": [], "reference": []}
+    for number, row in enumerate(rows):
+        try:
+            prompt, answer = template.render_prompt(row), template.render_answer(row)
+        except ValueError as error:
+            raise ValueError(f"split={split}, row={number}: {error}") from None
+        columns["prompt"].append(prompt)
+        columns["answer"].append(answer)
+        columns["choices"].append(choices)
+        columns["label"].append(row[template.answer_column] if choices else -1)
+        columns["reference"].append(answer.strip())
+    if not columns["prompt"]:
+        raise ValueError(f"the data set is empty: split={split} has no rows; check data.examples and the split's name")
+    return pa.table(columns, schema=pa.schema({
+        "prompt": pa.string(),
+        "answer": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "label": pa.int64(),
+        "reference": pa.string(),
+    }))  # fmt: skip
+
+
+def _write_corpus(texts: Iterator[str], directory: Path) -> int:
+    directory.mkdir()
+    count, shard = 0, 0
+    with progress_bar("corpus", total=None, unit="document") as bar:
+        for documents in _grouped(texts, DOCUMENTS_A_SHARD):
+            pq.write_table(pa.table({"text": documents}), directory / f"{shard:05d}.parquet", compression="zstd")
+            count, shard = count + len(documents), shard + 1
+            bar.update(len(documents))
+    if not count:
+        raise ValueError("the corpus is empty; check data.corpus and data.corpus_column")
+    return count
+
+
+def _grouped(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _floors(train: pa.Table, test: pa.Table) -> Metrics:
+    """What needs no language model: always the commonest label, and naive Bayes on words."""
+    train_labels, test_labels = train["label"].to_numpy(), test["label"].to_numpy()
+    majority = np.bincount(train_labels).argmax()
+    predicted = naive_bayes.fit_predict(train["prompt"].to_pylist(), train_labels, test["prompt"].to_pylist())
+    return {
+        "data/majority_accuracy": float((test_labels == majority).mean()),
+        "data/naive_bayes_accuracy": float((test_labels == predicted).mean()),
+    }

@@ -1,0 +1,125 @@
+"""Stage 3 of BitDistill, `distill`: the fine-tuned teacher distilled into the ternary student (Eq. 13).
+
+loss = task_loss + logits_kd_weight * logits_kd + attention_kd_weight * attention_kd. The teacher runs live, without
+gradient. Embedding and head of the result are rounded to the INT8 grid of the packed file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from bitdistill_core import checkpoint, losses
+from bitdistill_core.config import DistillConfig
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.relations import captured
+from bitdistill_core.stages import training
+from bitdistill_core.train import LossParts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Stage directories."""
+
+    student: Path
+    teacher: Path
+    data: Path
+
+
+def run(
+    config: DistillConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
+) -> Metrics:
+    """Writes the distilled student.
+
+    Raises:
+        ValueError: teacher and student of different vocabularies, a layer that does not exist, or relation heads that
+            do not divide the width of Q, K and V.
+    """
+    student, tokenizer = checkpoint.load_model(inputs.student)
+    teacher, teacher_tokenizer = checkpoint.load_model(inputs.teacher)
+    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher and student must share a vocabulary; got sizes {len(teacher_tokenizer)} and {len(tokenizer)}"
+        )
+    teacher.requires_grad_(False).to(device)
+    if config.precision == "bfloat16":
+        teacher.to(torch.bfloat16)
+    pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
+    for model in (student, teacher):
+        _require_heads(model, config.num_relation_heads)
+    with captured(student, [s for s, _ in pairs]) as student_states, captured(
+        teacher, [t for _, t in pairs]
+    ) as teacher_states:
+
+        def loss_fn(batch: losses.Batch) -> LossParts:
+            with torch.no_grad():
+                teacher_hidden = losses.hidden_states(teacher, batch)
+            hidden = losses.hidden_states(student, batch)
+            parts = {"task_loss": losses.task_loss(student, hidden, batch)}
+            if config.logits_kd_weight:
+                parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
+                    student,
+                    hidden,
+                    teacher,
+                    teacher_hidden,
+                    batch,
+                    kd_temperature=config.kd_temperature,
+                    variant=config.loss,
+                )
+            if config.attention_kd_weight:
+                parts["attention_kd"] = config.attention_kd_weight * losses.attention_kd_loss(
+                    student_states,
+                    teacher_states,
+                    pairs,
+                    batch,
+                    num_relation_heads=config.num_relation_heads,
+                    variant=config.loss,
+                )
+            return parts
+
+        metrics = training.train_on_task(
+            student,
+            tokenizer,
+            config,
+            inputs.data,
+            name="distill",
+            work_dir=work_dir,
+            report=report,
+            device=device,
+            loss_fn=loss_fn,
+            grad_norm_every=config.grad_norm_every,
+        )
+    training.round_embeddings(student)
+    checkpoint.save_model(student, tokenizer, out_dir)
+    return metrics
+
+
+def layer_pairs(
+    student_layers: Sequence[int], teacher_layers: Sequence[int], student: PreTrainedModel, teacher: PreTrainedModel
+) -> list[tuple[int, int]]:
+    """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model."""
+
+    def resolve(layer: int, model: PreTrainedModel, key: str) -> int:
+        depth = int(model.config.num_hidden_layers)
+        if not -depth <= layer < depth:
+            raise ValueError(f"{key} must name layers of a model with num_layers={depth}; got {layer}")
+        return layer % depth
+
+    chosen = list(teacher_layers) or list(student_layers)
+    return [
+        (resolve(s, student, "distill.distill_layers"), resolve(t, teacher, "distill.teacher_layers"))
+        for s, t in zip(student_layers, chosen, strict=True)
+    ]
+
+
+def _require_heads(model: PreTrainedModel, num_relation_heads: int) -> None:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, heads in (("query", config.num_attention_heads), ("key", config.num_key_value_heads)):
+        if heads * head_dim % num_relation_heads:
+            raise ValueError(
+                f"distill.num_relation_heads must divide the {name} width of teacher and student; got "
+                f"width={heads * head_dim}, num_relation_heads={num_relation_heads}"
+            )

@@ -1,0 +1,152 @@
+"""Stage `pack`: a student's latent weights as 2-bit codes, in one file that the CPU engine maps into memory.
+
+Writes model.bitdistill and verifies it: the packed model must repeat the student's prediction.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitdistill_core import __version__, checkpoint
+from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.config import PackConfig
+from bitdistill_core.data import encode_prompt
+from bitdistill_core.engine.config import engine_config
+from bitdistill_core.engine.model import Engine
+from bitdistill_core.losses import head_logits
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
+from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.ternary import quantize_weight
+from bitdistill_core.stages.data import examples_path, read_task
+
+PACKED = "model.bitdistill"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Stage directories."""
+
+    student: Path
+    data: Path
+
+
+def run(
+    config: PackConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
+) -> Metrics:
+    """Packs the student and compares both on prompts of the first evaluation split.
+
+    Raises:
+        ValueError: the directory holds no student, or the packed model disagrees with it.
+    """
+    student, tokenizer = checkpoint.load_model(inputs.student)
+    task = read_task(inputs.data)
+    pack_model(
+        student,
+        tokenizer.backend_tokenizer.to_str().encode(),
+        out_dir / PACKED,
+        task={"name": task.name, "kind": task.kind, "prompt": task.prompt, "label_words": task.label_words},
+    )
+    engine = Engine.load(out_dir / PACKED)
+    table = pq.read_table(examples_path(inputs.data, task.eval_splits[0]), columns=["prompt"])
+    prompts = table["prompt"].to_pylist()[: config.verify_examples]
+    window = int(student.config.max_position_embeddings)
+    worst, num_same = 0.0, 0
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        if engine.tokenizer.encode(prompt, add_special_tokens=True) != ids:
+            raise ValueError(f"the packed tokenizer encodes prompt={prompt[:60]!r} differently from the student's")
+        drift, is_same = _compare(student, engine, ids[-window:])
+        worst, num_same = max(worst, drift), num_same + is_same
+    if worst > 0.05:
+        raise ValueError(
+            f"the packed model drifts from the student: relative logit error={worst:.4f} on {len(prompts)} prompts "
+            "(the limit is 0.05); the student's embeddings must lie on the INT8 grid, as distill leaves them"
+        )
+    info = engine.info()
+    num_weights = sum(p.numel() for p in student.parameters())
+    metrics = {
+        "pack/file_mib": info["file_bytes"] / 2**20,
+        "pack/fp16_mib": num_weights * 2 / 2**20,
+        "pack/compression": num_weights * 2 / info["file_bytes"],
+        "pack/logit_drift": worst,
+        "pack/same_next_token": num_same / len(prompts),
+    }
+    metrics.update({f"pack/{part}_mib": size / 2**20 for part, size in info["bytes"].items()})
+    report(metrics, 0)
+    return metrics
+
+
+def pack_model(student: PreTrainedModel, tokenizer_json: bytes, path: Path, *, task: dict[str, object]) -> None:
+    """Quantises the latent weights of `student` and writes the packed file at `path`.
+
+    Raises:
+        ValueError: a dense model, an architecture or option the engine lacks, NaN or infinity in a tensor.
+    """
+    record = checkpoint.surgery_record(student.config)
+    if record is None:
+        raise ValueError("packing needs a student; this checkpoint had no surgery; run the surgery stage first")
+    if record["skip_modules"]:
+        raise ValueError(f"the packed file holds ternary layers only; got surgery.skip_modules={record['skip_modules']}")
+    linears = {name: _ternary(name, m) for name, m in student.named_modules() if isinstance(m, BitLinear)}
+    embeddings = {"model.embed_tokens": _int8(student.get_input_embeddings())}
+    if not student.config.tie_word_embeddings:
+        embeddings["lm_head"] = _int8(student.get_output_embeddings())
+    owned = {id(p) for m in student.modules() if isinstance(m, BitLinear | nn.Embedding) for p in m.parameters()}
+    norms = {
+        name.removesuffix(".weight"): parameter.detach().float().numpy()
+        for name, parameter in student.named_parameters()
+        if id(parameter) not in owned and not name.startswith("lm_head.")
+    }
+    write_student(
+        path,
+        config=engine_config(student.config.to_dict(), eos_token_ids=_eos_ids(student)),
+        linears=linears,
+        embeddings=embeddings,
+        norms=norms,
+        tokenizer_json=tokenizer_json,
+        task=task,
+        created_by=f"bitdistill {__version__}",
+    )
+
+
+def _ternary(name: str, layer: BitLinear) -> TernaryLinear:
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError(f"a packed model holds finite numbers only; got NaN or infinity in tensor={name}.weight")
+    w_ternary, scale = quantize_weight(layer.weight.detach())
+    return TernaryLinear(
+        w_ternary.numpy(),
+        float(scale),
+        bias=None if layer.bias is None else layer.bias.detach().float().numpy(),
+        input_norm=None if layer.input_norm is None else layer.input_norm.weight.detach().float().numpy(),
+    )
+
+
+def _int8(module: nn.Module) -> Int8Rows:
+    weight = module.get_parameter("weight").detach()
+    if not torch.isfinite(weight).all():
+        raise ValueError("a packed model holds finite numbers only; got NaN or infinity in an embedding")
+    codes, scale = quantize_rows(weight)
+    return Int8Rows(codes.numpy(), scale.numpy())
+
+
+def _eos_ids(student: PreTrainedModel) -> list[int]:
+    eos = student.config.eos_token_id
+    if student.generation_config is not None and student.generation_config.eos_token_id is not None:
+        eos = student.generation_config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+@torch.inference_mode()
+def _compare(student: PreTrainedModel, engine: Engine, ids: list[int]) -> tuple[float, bool]:
+    """Relative error of the last token's logits, and whether the next token is the same."""
+    hidden = student.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+    expected = head_logits(student, hidden).float().numpy()
+    got = engine.logits(ids)[-1]
+    drift = float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-9))
+    return drift, bool(got.argmax() == expected.argmax())

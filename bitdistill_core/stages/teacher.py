@@ -1,0 +1,32 @@
+"""Stage `teacher`: full-precision fine-tuning of the base model on the task (the paper's FP16-SFT)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitdistill_core import checkpoint
+from bitdistill_core.config import TeacherConfig
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.stages import training
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Stage directories."""
+
+    model: Path
+    data: Path
+
+
+def run(
+    config: TeacherConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
+) -> Metrics:
+    """Writes the fine-tuned model."""
+    model, tokenizer = checkpoint.load_model(inputs.model)
+    training.add_dropout(model, config.dropout)
+    metrics = training.train_on_task(
+        model, tokenizer, config, inputs.data, name="teacher", work_dir=work_dir, report=report, device=device
+    )
+    checkpoint.save_model(model, tokenizer, out_dir)
+    return metrics

@@ -1,0 +1,128 @@
+"""What the training stages share: a section of params.yaml turned into batches, a loss and a call of `train.fit`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitdistill_core import losses, train
+from bitdistill_core.config import BlocksSection, TaskSection, TrainSection
+from bitdistill_core.corpus import BlockBatches, tokenize_corpus
+from bitdistill_core.data import ExampleBatches, load_examples
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.stages.data import examples_path, read_task
+
+
+def train_on_corpus(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: BlocksSection,
+    data: Path,
+    *,
+    name: str,
+    work_dir: Path,
+    report: Report,
+    device: torch.device,
+) -> Metrics:
+    """Next-token cross-entropy on packed blocks of the corpus (BitDistill Eq. 7). Trains `model` in place."""
+    require_window(model, config.block_size, f"{name}.block_size")
+    num_steps = config.num_tokens // (config.block_size * config.batch_size)
+    if num_steps == 0:
+        return {}
+    tokens = tokenize_corpus(data / "corpus", tokenizer, max_tokens=config.num_tokens, out=work_dir / "tokens.bin")
+    batches = BlockBatches(
+        tokens,
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+    return train.fit(
+        model,
+        batches,
+        _task_loss_fn(model),
+        num_steps=num_steps,
+        **_options(config, name=name, work_dir=work_dir, report=report, device=device),
+    )
+
+
+def train_on_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TaskSection,
+    data: Path,
+    *,
+    name: str,
+    work_dir: Path,
+    report: Report,
+    device: torch.device,
+    loss_fn: Callable[[losses.Batch], train.LossParts] | None = None,
+    grad_norm_every: int = 0,
+) -> Metrics:
+    """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
+    task = read_task(data)
+    examples = load_examples(
+        examples_path(data, "train"),
+        tokenizer,
+        max_length=config.max_length,
+        window=int(model.config.max_position_embeddings),
+        is_generation=task.kind == "generation",
+    )
+    batches = ExampleBatches(
+        examples,
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+    return train.fit(
+        model,
+        batches,
+        loss_fn if loss_fn is not None else _task_loss_fn(model),
+        num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
+        grad_norm_every=grad_norm_every,
+        **_options(config, name=name, work_dir=work_dir, report=report, device=device),
+    )
+
+
+def require_window(model: PreTrainedModel, length: int, key: str) -> None:
+    """Raises ValueError when sequences of `length` tokens exceed the model's window."""
+    window = int(model.config.max_position_embeddings)
+    if length > window:
+        raise ValueError(f"sequences must fit the model's window; got {key}={length}, window={window}; lower {key}")
+
+
+@torch.no_grad()
+def round_embeddings(model: PreTrainedModel) -> None:
+    """Rounds embedding and output head to the INT8 grid of the packed file, so that packing loses nothing."""
+    weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in weights.values():
+        codes, scale = quantize_rows(weight)
+        weight.copy_(codes.float() * scale[:, None])
+
+
+def add_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Dropout of the hidden states after the embedding and after each block, while training."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        dropped = nn.functional.dropout(output[0] if isinstance(output, tuple) else output, probability, module.training)
+        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+    for module in (model.get_input_embeddings(), *model.get_decoder().layers):
+        module.register_forward_hook(hook)
+
+
+def _task_loss_fn(model: PreTrainedModel) -> Callable[[losses.Batch], train.LossParts]:
+    def loss_fn(batch: losses.Batch) -> train.LossParts:
+        return {"task_loss": losses.task_loss(model, losses.hidden_states(model, batch), batch)}
+
+    return loss_fn
+
+
+def _options(config: TrainSection, **context: Any) -> dict[str, Any]:
+    """The fields of a section that `train.fit` takes by the same name."""
+    fields = TrainSection.model_fields.keys() - {"batch_size", "gradient_accumulation", "dropout"}
+    return {**config.model_dump(include=set(fields)), **context}

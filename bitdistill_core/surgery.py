@@ -1,0 +1,82 @@
+"""Stage 1 of BitDistill: insert SubLN and replace Linear by BitLinear, on transformers' own models.
+
+Works on any Qwen3, Qwen2, Llama-family or Gemma3 text model without forking it: only the linear layers inside the
+decoder blocks change. Embeddings, lm_head and the model's own norms stay dense.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bitdistill_core.bitlinear import BitLinear
+
+Subln = Literal["none", "output", "all"]
+
+# model_type -> family, as users know it
+SUPPORTED_ARCHITECTURES = {
+    "qwen3": "Qwen3",
+    "qwen2": "Qwen2 and Qwen2.5",
+    "llama": "Llama and SmolLM2",
+    "mistral": "Mistral",
+    "gemma3_text": "Gemma3 text",
+}
+OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module that surgery replaced."""
+
+    module: str  # its name in the model
+    in_features: int
+    out_features: int
+    has_sub_norm: bool
+
+
+def require_supported(config: PretrainedConfig) -> None:
+    """Raises ValueError, naming the supported architectures, if surgery does not know this one."""
+    if config.model_type not in SUPPORTED_ARCHITECTURES:
+        supported = ", ".join(f"{key} ({name})" for key, name in SUPPORTED_ARCHITECTURES.items())
+        raise ValueError(
+            f"unsupported architecture model_type={config.model_type}; supported are {supported}; "
+            "start from a checkpoint of one of these"
+        )
+
+
+def operate(
+    model: PreTrainedModel, *, subln: Subln, sub_norm_eps: float, skip_modules: Sequence[str] = ()
+) -> list[Change]:
+    """Turns `model` into a student in place and reports every module changed.
+
+    SubLN is an RMSNorm on the input of a projection, gain 1. The paper (Eq. 4-5) norms the input of `o_proj` and
+    `down_proj` (`output`); the authors' released configurations norm the input of all seven projections (`all`).
+
+    Args:
+        skip_modules: names below the decoder, like `layers.0.mlp.down_proj`, that stay full precision.
+    Raises:
+        ValueError: unsupported architecture, a name in `skip_modules` that matches nothing, or no module to change.
+    """
+    require_supported(model.config)
+    decoder = model.get_decoder()
+    linears = {f"layers.{n}": m for n, m in decoder.layers.named_modules() if isinstance(m, nn.Linear)}
+    unknown = [name for name in skip_modules if name not in linears]
+    if unknown:
+        raise ValueError(f"surgery.skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}")
+    changes = []
+    for name, linear in linears.items():
+        if name in skip_modules:
+            continue
+        parent_name, _, child = name.rpartition(".")
+        has_sub_norm = subln == "all" or (subln == "output" and child in OUTPUT_PROJECTIONS)
+        bit_linear = BitLinear(linear.weight, linear.bias, sub_norm_eps=sub_norm_eps if has_sub_norm else None)
+        setattr(decoder.get_submodule(parent_name), child, bit_linear)
+        changes.append(Change(f"model.{name}", linear.in_features, linear.out_features, has_sub_norm))
+    if not changes:
+        raise ValueError(
+            f"surgery changed no module of this {model.config.model_type} model: no linear layer is left in its "
+            "decoder; it may be a student already, or surgery.skip_modules names everything"
+        )
+    return changes

@@ -1,0 +1,181 @@
+"""The one training loop. Pre-training, teacher fine-tuning and distillation differ in `batches` and `loss_fn` only.
+
+Everything random is a function of (seed, step), so a run that was interrupted continues from its last checkpoint to
+the same weights as one that was not.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitdistill_core.losses import Batch
+from bitdistill_core.progress import progress_bar
+from bitdistill_core.schedules import Schedule, learning_rate_factor
+
+Report = Callable[[dict[str, float], int], None]
+LossParts = dict[str, Tensor]  # weighted parts that add up to the loss
+LossFn = Callable[[Batch], LossParts]
+Batches = Callable[[int], list[Batch]]  # step -> the micro-batches of that step
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    *,
+    name: str,
+    num_steps: int,
+    seed: int,
+    learning_rate: float,
+    schedule: Schedule,
+    warmup_ratio: float,
+    weight_decay: float,
+    adam_beta2: float,
+    max_grad_norm: float,
+    precision: Literal["float32", "bfloat16"],
+    report_every: int,
+    checkpoint_every: int,
+    grad_norm_every: int = 0,
+    work_dir: Path,
+    device: torch.device,
+    report: Report,
+) -> dict[str, float]:
+    """Trains `model` in place and returns the last reported metrics.
+
+    Reports `NAME/loss`, each part as `NAME/PART`, `NAME/learning_rate`, `NAME/grad_norm`, `NAME/tokens_per_second`
+    and, every `grad_norm_every` steps, the gradient norm of each part as `NAME/grad_norm_PART`. Parts are averages
+    over the steps since the last report.
+
+    Raises:
+        ValueError: a loss or gradient that is not finite; names the step. The last good checkpoint stays.
+    """
+    model.to(device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, adam_beta2=adam_beta2)
+    start = _resume(work_dir, model, optimizer)
+    window: dict[str, float] = {}
+    num_tokens, window_steps, last_report, metrics = 0, 0, time.perf_counter(), {}
+    with progress_bar(name, total=num_steps, initial=start, unit="step") as bar:
+        for step in range(start, num_steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            factor = learning_rate_factor(step, num_steps, schedule=schedule, warmup_ratio=warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+            part_norms: dict[str, float] = {}
+            for index, batch in enumerate(batches(step)):
+                batch = batch.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    parts = loss_fn(batch)
+                if index == 0 and grad_norm_every and step % grad_norm_every == 0 and len(parts) > 1:
+                    part_norms = _part_grad_norms(parts, parameters)
+                loss = torch.stack(list(parts.values())).sum()
+                loss.backward()
+                for part, value in {"loss": loss, **parts}.items():
+                    window[part] = window.get(part, 0.0) + float(value.detach())
+                num_tokens += int(batch.lengths.sum())
+            grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+            _require_finite(name, step, window, grad_norm, work_dir)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            window_steps += 1
+            is_last = step + 1 == num_steps
+            if (step + 1) % report_every == 0 or is_last:
+                now = time.perf_counter()
+                metrics = {f"{name}/{part}": value / window_steps for part, value in window.items()}
+                metrics[f"{name}/learning_rate"] = learning_rate * factor
+                metrics[f"{name}/grad_norm"] = grad_norm
+                metrics[f"{name}/tokens_per_second"] = num_tokens / max(now - last_report, 1e-9)
+                bar.set_postfix(loss=f"{metrics[f'{name}/loss']:.3f}")
+                window, window_steps, num_tokens, last_report = {}, 0, 0, now
+                report(metrics, step + 1)
+            if part_norms:
+                report({f"{name}/grad_norm_{part}": value for part, value in part_norms.items()}, step + 1)
+            bar.update()
+            if (step + 1) % checkpoint_every == 0 and not is_last:
+                _save(work_dir, step + 1, model, optimizer)
+    model.eval()
+    return metrics
+
+
+def _optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, adam_beta2: float
+) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, so neither norms nor biases decay."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
+
+
+def _part_grad_norms(parts: LossParts, parameters: list[Tensor]) -> dict[str, float]:
+    """L2 norm of each weighted part's gradient, for the balance of the loss."""
+    norms = {}
+    for part, value in parts.items():
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        squares = [g.float().square().sum() for g in grads if g is not None]
+        norms[part] = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+    return norms
+
+
+def _require_finite(name: str, step: int, window: dict[str, float], grad_norm: float, work_dir: Path) -> None:
+    values = {**window, "grad_norm": grad_norm}
+    bad = [part for part, value in values.items() if not math.isfinite(value)]
+    if bad:
+        kept = _latest(work_dir)
+        raise ValueError(
+            f"{name} diverged at step={step + 1}: {', '.join(bad)} is not finite; the last good checkpoint is "
+            f"{kept.name if kept else 'none'}; lower {name}.learning_rate or {name}.max_grad_norm and run again"
+        )
+
+
+def _latest(work_dir: Path) -> Path | None:
+    steps = sorted(work_dir.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return steps[-1] if steps else None
+
+
+def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes work_dir/step-N atomically and removes older ones."""
+    final, temporary = work_dir / f"step-{step}", work_dir / "saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # clone() breaks the storage that tied weights share, which safetensors refuses
+    weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+    save_file(weights, temporary / "model.safetensors")
+    moments = {
+        f"{index}.{key}": value.detach().cpu().clone()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "step.json").write_text(json.dumps({"step": step}))
+    older = _latest(work_dir)
+    os.replace(temporary, final)
+    if older is not None and older != final:
+        shutil.rmtree(older)
+
+
+def _resume(work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Loads the latest checkpoint of work_dir, if there is one, and returns the step to go on from."""
+    latest = _latest(work_dir)
+    if latest is None:
+        return 0
+    weights = load_file(latest / "model.safetensors")
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(weights[parameter_name])
+    moments = load_file(latest / "optimizer.safetensors")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        index, _, field = key.partition(".")
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(json.loads((latest / "step.json").read_text())["step"])

@@ -1,0 +1,96 @@
+"""The core's stages as Prefect tasks, one each. They take paths and parameters and return a small dictionary.
+
+Prefect's cache is off: the core's manifest decides what is up to date. No retries: training that fails must fail.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from bitdistill_core.config import Params
+from tasks.tracking import Conversion, run_tracked
+from tasks.tracking import run_stage as run_stage  # for the command line
+
+Outcome = dict[str, Any]
+
+
+def _run(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    result = run_tracked(node, params, run_dir, conversion)
+    state = "up to date" if result.was_up_to_date else "done"
+    get_run_logger().info("%s: %s (%.1f s) in %s", node, state, result.seconds, result.directory)
+    return {
+        "stage": node,
+        "directory": str(result.directory),
+        "was_up_to_date": result.was_up_to_date,
+        "seconds": result.seconds,
+        "metrics": result.metrics,
+    }
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def data(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """The task's examples and the general corpus."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def base(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """The full-precision model."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def teacher(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """Full-precision fine-tuning."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def surgery(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """SubLN and BitLinear (stage 1)."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def pretrain(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """Continued pre-training (stage 2)."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def distill(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """Distillation (stage 3)."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def bitnet_sft(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """The baseline, ternary fine-tuning."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def pack(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """One packed file."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def evaluate(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """One model on the evaluation splits."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def benchmark(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """Size, memory and speed."""
+    return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{node}", cache_policy=NO_CACHE)
+def report(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
+    """The report."""
+    return _run(node, params, run_dir, conversion)

@@ -1,0 +1,422 @@
+"""The copy of a conversion in MLflow: a parent run a conversion, a nested run a stage. The only importer of mlflow.
+
+The files of the run directory come first. A stage is sent from its metrics.jsonl whether it has just ended, was up to
+date or is sent days later by `send`; while it trains, its reports go ahead of that in batches. What is already in
+MLflow is never sent twice. A tracking server that is down costs one warning, never the conversion.
+
+mlflow is imported where it is used: that takes seconds, and `--no-track` needs none of it.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+from bitdistill_core import __version__
+from bitdistill_core.config import Params
+from bitdistill_core.manifest import MANIFEST, METRICS, METRICS_LOG, Report, Result
+from bitdistill_core.pipeline import NODES, Node, find_node, run_node
+from tasks.parameters import flatten, without_private
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+log = logging.getLogger(__name__)
+FLUSH_SECONDS = 5.0
+SYSTEM_METRICS_SECONDS = 5.0
+MAX_BATCH_METRICS, MAX_BATCH_PARAMS = 1000, 100  # MLflow's limits
+PACKED = "pack@bitdistill"
+P = ParamSpec("P")
+
+
+def run_tracked(name: str, params: Params, run_dir: Path, conversion: "Conversion") -> Result:
+    """Runs one stage, or finds it up to date, and copies what it reports into the conversion."""
+    node = find_node(name)
+    with conversion.stage(node) as report:
+        return run_node(node, params, run_dir, report=report)
+
+
+def run_stage(name: str, params: Params, run_dir: Path, *, profile: str, track: bool) -> Result:
+    """One stage on its own, for the command line and DVC."""
+    with track_conversion(run_dir, params, profile=profile, enabled=track) as conversion:
+        return run_tracked(name, params, run_dir, conversion)
+
+
+@contextmanager
+def track_conversion(
+    run_dir: Path, params: Params, *, profile: str | None = None, flow_run_id: str | None = None, enabled: bool = True
+) -> Iterator["Conversion"]:
+    """The MLflow run of a conversion, new or resumed; it ends as FAILED or KILLED when the block raises.
+
+    Args:
+        profile: None takes it from the run's name, PROFILE or PROFILE-seedN.
+        flow_run_id: Prefect's, as a tag.
+        enabled: False keeps everything out of MLflow.
+    """
+    conversion = Conversion(run_dir, params, profile)
+    if enabled:
+        conversion.open(time.time(), flow_run_id)
+    try:
+        yield conversion
+    except BaseException as error:
+        conversion.close("FAILED" if isinstance(error, Exception) else "KILLED", time.time())
+        raise
+    conversion.close(None, time.time())
+
+
+def send(run_dir: Path, params: Params, *, profile: str | None = None) -> dict[str, Any]:
+    """Sends a finished or half-finished run to MLflow from its files, with their time stamps.
+
+    Raises:
+        ValueError: no finished stage in run_dir, or the tracking server does not take it.
+    """
+    manifests = {node.name: _read_manifest(node.directory(run_dir)) for node in NODES}
+    found = [manifest for manifest in manifests.values() if manifest is not None]
+    if not found:
+        raise ValueError(f"nothing to send: no finished stage in run_dir={run_dir}; give the directory of a run")
+    conversion = Conversion(run_dir, params, profile, must_arrive=True)
+    conversion.open(min(manifest["started"] for manifest in found), None)
+    for node in NODES:
+        if manifests[node.name] is not None:
+            conversion.send_stage(node)
+    conversion.close(None if len(found) == len(NODES) else "KILLED", max(map(_ended, found)))
+    return {"run": run_dir.name, "run_id": conversion.run_id, "stages": len(found)}
+
+
+def _guarded(
+    method: Callable[Concatenate["Conversion", P], None],
+) -> Callable[Concatenate["Conversion", P], None]:
+    """Does nothing once tracking is off; any failure turns it off with one warning, or is an error in `send`."""
+
+    @functools.wraps(method)
+    def guarded(self: "Conversion", *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.is_off:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # whatever a tracking server does, the conversion goes on
+            self.is_off = True
+            cause = f"{type(error).__name__}: {str(error)[:200]}"
+            if self.must_arrive:
+                raise ValueError(f"cannot send run_dir={self.run_dir} to MLflow: {cause}") from None
+            log.warning(
+                "MLflow tracking is off for the rest of this run (%s); nothing is lost: the metrics are in %s, and "
+                "`bitdistill stage track` sends them later",
+                cause,
+                self.run_dir,
+            )
+
+    return guarded
+
+
+class Conversion:
+    """One conversion in MLflow. Every public method is safe to call with tracking off."""
+
+    def __init__(self, run_dir: Path, params: Params, profile: str | None, *, must_arrive: bool = False) -> None:
+        self.run_dir, self.params, self.must_arrive = run_dir, params, must_arrive
+        self.profile = profile if profile is not None else re.sub(r"-seed\d+$", "", run_dir.name)
+        self.is_off = True  # until `open`
+        self._is_changed = False
+        self._stages: dict[str, _StageRun] = {}
+        self._client: MlflowClient
+        self._experiment: Experiment
+        self._parent: Run
+
+    @property
+    def run_id(self) -> str | None:
+        """The parent run's, once tracking is on."""
+        return self._parent.info.run_id if hasattr(self, "_parent") else None
+
+    def open(self, started: float, flow_run_id: str | None) -> None:
+        """Finds or makes the parent run."""
+        self.is_off = False
+        self._open(started, flow_run_id)
+
+    @contextmanager
+    def stage(self, node: Node) -> Iterator[Report]:
+        """The report function of a stage that is about to run; afterwards its files are in MLflow."""
+
+        def report(metrics: dict[str, float], step: int) -> None:
+            self._report(node, metrics, step)
+
+        if not (node.directory(self.run_dir) / MANIFEST).is_file():  # else it is probably up to date
+            self._start_stage(node)
+        try:
+            yield report
+        except BaseException as error:
+            self._abort_stage(node, "FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        self.send_stage(node)
+
+    @_guarded
+    def send_stage(self, node: Node) -> None:
+        """Sends what MLflow lacks of a finished stage."""
+        directory = node.directory(self.run_dir)
+        manifest = _read_manifest(directory)
+        section = getattr(self.params, node.section).model_dump(mode="json")
+        if manifest is None or manifest["config"] != section:
+            log.warning("%s is not sent to MLflow: it was made with other parameters", directory)
+            return
+        lines = [json.loads(line) for line in (directory / METRICS_LOG).read_text().splitlines()]
+        run = self._stages.get(node.name) or self._find_stage(node, manifest["fingerprint"])
+        if run is not None and run.fingerprint == manifest["fingerprint"]:
+            return
+        run = run or self._new_stage(node, min([manifest["started"], *(line["time"] for line in lines)]))
+        for line in lines:
+            run.add({key: v for key, v in line.items() if key not in ("step", "time")}, line["step"], line["time"])
+        final: dict[str, float] = json.loads((directory / METRICS).read_text())
+        ended = _ended(manifest)
+        run.add({k: v for k, v in final.items() if k not in run.keys}, lines[-1]["step"] if lines else 0, ended)
+        run.add({"seconds": manifest["seconds"]}, 0, ended)
+        run.end("FINISHED", ended, fingerprint=manifest["fingerprint"])
+        if node.name == "data":
+            self._log_datasets(manifest, final)
+
+    @_guarded
+    def close(self, status: str | None, ended: float) -> None:
+        """Ends the parent run. Status None: FINISHED when every stage is done, else it stays RUNNING."""
+        is_done = all(_read_manifest(node.directory(self.run_dir)) is not None for node in NODES)
+        if status is None and is_done:
+            self._log_results()
+            status = "FINISHED"
+        if status is not None and (self._is_changed or self._parent.info.status != "FINISHED"):
+            self._client.set_terminated(self._parent.info.run_id, status, int(ended * 1000))
+
+    @_guarded
+    def _open(self, started: float, flow_run_id: str | None) -> None:
+        import mlflow
+
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+        mlflow.set_tracking_uri(uri)
+        self._client = mlflow.MlflowClient(uri)
+        self._experiment = _experiment(self._client, "MLFLOW_TRACKING_URI" not in os.environ)
+        values = self.params.model_dump(mode="json", exclude={"runtime"})
+        key = hashlib.sha256(json.dumps([self.run_dir.name, values], sort_keys=True).encode()).hexdigest()
+        tags = {
+            "bitdistill.conversion": key,
+            "bitdistill.run": self.run_dir.name,
+            "bitdistill.profile": self.profile,
+            "bitdistill.task": self.params.data.task,
+            "bitdistill.version": __version__,
+            **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
+            **_git_tags(),
+        }
+        found = self._search({"bitdistill.conversion": key})
+        self._parent = found[0] if found else self._create_run(self.run_dir.name, started, tags)
+        _log_params(self._client, self._parent.info.run_id, values, tags)
+        if found and self._parent.info.status != "FINISHED":
+            self._client.update_run(self._parent.info.run_id, status="RUNNING")
+
+    @_guarded
+    def _start_stage(self, node: Node) -> None:
+        run = self._find_stage(node, None) or self._new_stage(node, time.time())
+        run.start_system_metrics(self._client.tracking_uri)
+        self._stages[node.name] = run
+
+    @_guarded
+    def _report(self, node: Node, metrics: dict[str, float], step: int) -> None:
+        if node.name not in self._stages:
+            self._start_stage(node)
+        run = self._stages[node.name]
+        run.add(metrics, step, time.time())
+        if time.monotonic() - run.flushed > FLUSH_SECONDS:
+            run.flush()
+
+    @_guarded
+    def _abort_stage(self, node: Node, status: str) -> None:
+        if node.name not in self._stages:
+            self._start_stage(node)
+        self._stages[node.name].end(status, time.time(), fingerprint=None)
+
+    def _find_stage(self, node: Node, fingerprint: str | None) -> "_StageRun | None":
+        """The nested run of this fingerprint, or else one that has not got as far as having a fingerprint."""
+        found = self._search({"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name})
+        for wanted in (fingerprint, None):
+            for run in found:
+                if run.data.tags.get("bitdistill.fingerprint") == wanted:
+                    stage = _StageRun(self._client, run.info.run_id, wanted, set(run.data.metrics))
+                    if wanted is None:
+                        self._client.update_run(run.info.run_id, status="RUNNING")
+                        self._is_changed = True
+                    return stage
+        return None
+
+    def _new_stage(self, node: Node, started: float) -> "_StageRun":
+        tags = {"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name}
+        run = self._create_run(node.name, started, {**tags, "bitdistill.run": self.run_dir.name})
+        section = getattr(self.params, node.section).model_dump(mode="json")
+        _log_params(self._client, run.info.run_id, {node.section: section}, {})
+        if not self._is_changed and self._parent.info.status == "FINISHED":
+            self._client.update_run(self._parent.info.run_id, status="RUNNING")
+        self._is_changed = True
+        return _StageRun(self._client, run.info.run_id, None, set())
+
+    def _create_run(self, name: str, started: float, tags: dict[str, str]) -> "Run":
+        return self._client.create_run(
+            self._experiment.experiment_id, start_time=int(started * 1000), tags=tags, run_name=name
+        )
+
+    def _search(self, tags: Mapping[str, str]) -> "list[Run]":
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        return list(self._client.search_runs([self._experiment.experiment_id], query))
+
+    def _log_datasets(self, manifest: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = self.params.data
+        splits = {data.train_split: "training", **dict.fromkeys(data.eval_splits, "evaluation")}
+        rows = {
+            f"{data.task} {split}": (f"examples/{'train' if context == 'training' else split}.parquet", context, split)
+            for split, context in splits.items()
+        }
+        inputs = []
+        for name, (file, context, split) in rows.items():
+            profile = json.dumps({"num_rows": int(metrics[f"data/num_examples_{split}"])})
+            source = json.dumps({"uri": without_private(data.examples)})
+            dataset = Dataset(name, manifest["outputs"][file][:32], "local", source, profile=profile)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        self._client.log_inputs(self._parent.info.run_id, inputs)
+
+    def _log_results(self) -> None:
+        """The report, its headline numbers and the packed model, once for each report."""
+        directory = self.run_dir / "report"
+        manifest = _read_manifest(directory)
+        run_id = self._parent.info.run_id
+        if manifest is None or self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
+            return
+        metrics = _StageRun(self._client, run_id, None, set())
+        metrics.add(headline_metrics(json.loads((directory / "results.json").read_text())), 0, _ended(manifest))
+        metrics.flush()
+        self._client.log_artifacts(run_id, str(directory), "report")
+        self._register_packed()
+        self._client.set_tag(run_id, "bitdistill.report", manifest["fingerprint"])
+
+    def _register_packed(self) -> None:
+        """The packed student as a registered pyfunc with alias champion, unless this very file is registered."""
+        import mlflow
+
+        directory = find_node(PACKED).directory(self.run_dir)
+        manifest, run_id = _read_manifest(directory), self._parent.info.run_id
+        if manifest is None or self._parent.data.tags.get("bitdistill.packed") == manifest["fingerprint"]:
+            return
+        with mlflow.start_run(run_id=run_id, nested=True):  # pyfunc.log_model knows only the active run
+            info = mlflow.pyfunc.log_model(
+                name="packed_model",
+                loader_module="tasks.packed_model",
+                data_path=str(directory / "model.bitdistill"),
+                pip_requirements=[f"bitdistill=={__version__}"],
+            )
+        name = f"bitdistill-{self.profile}"
+        version = mlflow.register_model(info.model_uri, name, tags={"bitdistill.run": self.run_dir.name})
+        self._client.set_registered_model_alias(name, "champion", version.version)
+        self._client.set_tag(run_id, "bitdistill.packed", manifest["fingerprint"])
+        self._is_changed = True  # start_run ended the run with the time of now
+
+
+class _StageRun:
+    """A run in MLflow with a buffer of metrics. A step of a metric is sent once."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, fingerprint: str | None, keys: set[str]) -> None:
+        self.client, self.run_id, self.fingerprint = client, run_id, fingerprint
+        self.flushed = time.monotonic()
+        self._buffer: list[Any] = []
+        self._monitor: Any = None
+        names = {key for key in keys if not key.startswith("system/")}
+        self._sent = {(m.key, m.step) for key in names for m in client.get_metric_history(run_id, key)}
+
+    @property
+    def keys(self) -> set[str]:
+        """Metrics that have a value."""
+        return {key for key, _ in self._sent}
+
+    def add(self, metrics: Mapping[str, float], step: int, timestamp: float) -> None:
+        from mlflow.entities import Metric
+
+        for name, value in metrics.items():
+            key = re.sub(r"[^\w./ :-]", "_", name)
+            if (key, step) not in self._sent:
+                self._sent.add((key, step))
+                self._buffer.append(Metric(key, float(value), int(timestamp * 1000), int(step)))
+
+    def flush(self) -> None:
+        for batch in _chunks(self._buffer, MAX_BATCH_METRICS):
+            self.client.log_batch(self.run_id, metrics=batch)
+        self._buffer.clear()
+        self.flushed = time.monotonic()
+
+    def start_system_metrics(self, uri: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
+        )
+        self._monitor.start()
+
+    def end(self, status: str, ended: float, *, fingerprint: str | None) -> None:
+        self.flush()
+        if self._monitor is not None:
+            self._monitor.finish()
+        if fingerprint is not None:
+            self.client.set_tag(self.run_id, "bitdistill.fingerprint", fingerprint)
+            self.fingerprint = fingerprint
+        self.client.set_terminated(self.run_id, status, int(ended * 1000))
+
+
+def headline_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """METHOD/NAME of every number in the rows of results.json."""
+    return {
+        f"{row['method']}/{key}": float(value)
+        for row in results["rows"]
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _experiment(client: "MlflowClient", is_local: bool) -> "Experiment":
+    """The experiment, made on first use; the default store keeps its artifacts in ./mlartifacts."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bitdistill")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = (Path.cwd() / "mlartifacts").as_uri() if is_local else None
+        return client.get_experiment(client.create_experiment(name, artifact_location=location))
+    return found
+
+
+def _log_params(client: "MlflowClient", run_id: str, values: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    texts = {key: without_private(str(value)) for key, value in flatten(values).items()}
+    for batch in _chunks([Param(key, text) for key, text in texts.items()], MAX_BATCH_PARAMS):
+        client.log_batch(run_id, params=batch)
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _git_tags() -> dict[str, str]:
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return {"mlflow.source.git.commit": found.stdout.strip()} if found is not None and found.returncode == 0 else {}
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _ended(manifest: Mapping[str, Any]) -> float:
+    return float(manifest["started"]) + float(manifest["seconds"])
+
+
+def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

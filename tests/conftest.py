@@ -1,0 +1,90 @@
+"""Environment of every test: offline, no telemetry, one thread, nothing written into the project; a tiny conversion."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_HOME = tempfile.TemporaryDirectory(prefix="bitdistill-tests-")
+os.environ.update({
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads that spin make small models tens of times slower
+    "PREFECT_HOME": _HOME.name,
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+})  # fmt: skip
+for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "PREFECT_API_URL"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from bitdistill_core.config import Params, load_params  # noqa: E402
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+TINY = {
+    "runtime.device": "cpu",
+    "runtime.num_threads": 1,
+    "data.examples": str(ROOT / "data/demo/reviews.parquet"),
+    "data.corpus": str(ROOT / "data/demo/corpus.parquet"),
+    "data.max_train_examples": 64,
+    "data.max_eval_examples": 16,
+    "data.corpus_documents": 200,
+    "base.scratch.vocab_size": 300,
+    "base.scratch.hidden_size": 32,
+    "base.scratch.intermediate_size": 64,
+    "base.scratch.num_layers": 2,
+    "base.scratch.num_heads": 4,
+    "base.scratch.num_kv_heads": 2,
+    "base.scratch.head_dim": 16,
+    "base.scratch.max_position_embeddings": 256,
+    "base.scratch.num_tokens": 5120,
+    "base.scratch.block_size": 64,
+    "base.scratch.batch_size": 8,
+    "base.scratch.report_every": 2,
+    "pretrain.num_tokens": 5120,
+    "pretrain.block_size": 64,
+    "pretrain.batch_size": 8,
+    "pretrain.report_every": 2,
+    "teacher.num_epochs": 2,
+    "teacher.batch_size": 16,
+    "teacher.report_every": 2,
+    "distill.num_epochs": 2,
+    "distill.batch_size": 16,
+    "distill.report_every": 2,
+    "distill.num_relation_heads": 4,
+    "distill.grad_norm_every": 4,
+    "bitnet_sft.num_epochs": 2,
+    "bitnet_sft.batch_size": 16,
+    "bitnet_sft.report_every": 2,
+    "pack.verify_examples": 4,
+    "benchmark.prompt_tokens": 16,
+    "benchmark.new_tokens": 4,
+    "benchmark.num_rounds": 1,
+    "benchmark.warmup_rounds": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides() -> list[str]:
+    """Overrides of params.yaml for a conversion that takes seconds."""
+    return [f"{key}={value}" for key, value in TINY.items()]
+
+
+@pytest.fixture
+def tiny_params(tiny_overrides: list[str]) -> Params:
+    """Parameters of a conversion that takes seconds: two layers, a few steps, a few examples of the demo data."""
+    return load_params(ROOT / "params.yaml", overrides=tiny_overrides)
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests run in an empty directory, so that default places (mlflow.db, runs/) are never the project's."""
+    monkeypatch.chdir(tmp_path)
+    yield

@@ -1,0 +1,79 @@
+"""params.yaml, profiles and overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from bitdistill_core.config import list_profiles, load_params, run_name
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+
+
+@pytest.mark.parametrize("profile", list_profiles(PARAMS))
+def test_every_profile_validates(profile: str) -> None:
+    assert load_params(PARAMS, profile=profile).data.task
+
+
+def test_the_profiles_of_the_documentation_exist() -> None:
+    qwen = {f"qwen3-0.6b-{task}" for task in ("mnli", "qnli", "sst2", "cnndm")}
+    assert {"demo", "smollm2-sst2"} | qwen <= set(list_profiles(PARAMS))
+
+
+def test_the_qwen_profiles_hold_the_papers_values() -> None:
+    params = load_params(PARAMS, profile="qwen3-0.6b-mnli")
+    assert params.base.checkpoint == "Qwen/Qwen3-0.6B"
+    assert params.pretrain.num_tokens == 10_000_000_000
+    distill = params.distill
+    assert (distill.logits_kd_weight, distill.attention_kd_weight, distill.kd_temperature) == (10.0, 1e5, 5.0)
+    assert (distill.batch_size, distill.max_length) == (32, 512)
+    summarise = load_params(PARAMS, profile="qwen3-0.6b-cnndm").distill
+    assert (summarise.logits_kd_weight, summarise.attention_kd_weight) == (1.0, 1e3)
+
+
+def test_overrides_apply() -> None:
+    params = load_params(PARAMS, overrides=["distill.learning_rate=5.0e-5", "base.scratch.num_layers=3"])
+    assert params.distill.learning_rate == 5e-5
+    assert params.base.scratch.num_layers == 3
+
+
+def test_a_seed_replaces_every_seed() -> None:
+    params = load_params(PARAMS, seed=7)
+    seeds = {params.base.scratch.seed, params.teacher.seed, params.pretrain.seed, params.distill.seed}
+    assert seeds | {params.bitnet_sft.seed} == {7}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.lr=1", r"unknown key in override 'distill\.lr=1': lr; the keys are seed"),
+        ("nothing.lr=1", r"unknown key .*: nothing; the keys are runtime"),
+        ("distill.learning_rate=fast", r"distill\.learning_rate: .*valid number.*got 'fast'"),
+        ("distill.learning_rate=-1", r"distill\.learning_rate: .*greater than 0 \(got -1\)"),
+        ("surgery.subln=both", r"surgery\.subln: .*'none', 'output' or 'all'"),
+        ("distill.gradient_accumulation=5", r"must divide batch_size; got gradient_accumulation=5, batch_size=32"),
+        ("data.task=imdb", r"data\.task must be one of .*got task=imdb"),
+        ("learning_rate", r"an override reads section\.key=value"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_error(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_params(PARAMS, overrides=[override])
+
+
+def test_unknown_and_missing_keys_are_named(tmp_path: Path) -> None:
+    text = PARAMS.read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("kd_temperature", "temperature"))
+    with pytest.raises(ValueError, match=r"distill\.kd_temperature: missing key; distill\.temperature: unknown key"):
+        load_params(path)
+    with pytest.raises(ValueError, match="unknown profile=none; the profiles are demo"):
+        load_params(PARAMS, profile="none")
+    with pytest.raises(ValueError, match="no parameter file at path="):
+        load_params(tmp_path / "absent.yaml")
+
+
+def test_run_names() -> None:
+    assert run_name("demo", seed=None, name=None) == "demo"
+    assert run_name("demo", seed=2, name=None) == "demo-seed2"
+    with pytest.raises(ValueError, match="one directory name"):
+        run_name("demo", seed=None, name="../x")

@@ -1,0 +1,126 @@
+"""Templates, examples, batches and corpus blocks."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bitdistill_core.corpus import BlockBatches, tokenize_corpus
+from bitdistill_core.data import Example, ExampleBatches, collate, load_examples
+from bitdistill_core.losses import Totals
+from bitdistill_core.naive_bayes import fit_predict
+from bitdistill_core.sources import locate, read_rows
+from bitdistill_core.stages.base import train_tokenizer
+from bitdistill_core.templates import TEMPLATES, Template
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three short documents as a corpus directory."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    texts = ["the cat sat on the mat", "a dog ran", "the end of the story"] * 20
+    pq.write_table(pa.table({"text": texts}), directory / "00000.parquet")
+    return directory
+
+
+@pytest.mark.parametrize("task", sorted(TEMPLATES))
+def test_builtin_templates_render(task: str) -> None:
+    template = TEMPLATES[task]
+    row = {"sentence": "a\n b", "premise": "p", "hypothesis": "h", "question": "q", "article": "x", "label": 1, "highlights": "s"}
+    assert "\n b" not in template.render_prompt(row)
+    assert template.render_answer(row).startswith(" ")
+
+
+@pytest.mark.parametrize("label", [-1, 2, "1", 1.0, None, True])
+def test_a_label_outside_the_template_is_an_error(label: object) -> None:
+    with pytest.raises(ValueError, match="a label must be an integer from 0 to 1"):
+        TEMPLATES["sst2"].render_answer({"sentence": "x", "label": label})
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(ValueError, match="needs column sentence; the columns are text, label"):
+        TEMPLATES["sst2"].render_prompt({"text": "x", "label": 0})
+
+
+def test_a_template_with_one_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 different label_words"):
+        Template(kind="classification", prompt="{a}:", label_words=["x"], answer_column="label")
+
+
+def test_long_prompts_lose_tokens_on_the_left(tmp_path: Path, corpus: Path) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"prompt": ["the cat " * 30 + "sat:", "a:"], "answer": [" yes", " no"]}), path)
+    long, short = load_examples(path, tokenizer, max_length=12, window=64, is_generation=False)
+    assert len(long.prompt_ids) + len(long.answer_ids) == 12
+    assert tokenizer.decode(long.prompt_ids).endswith("sat:")
+    assert tokenizer.decode(short.prompt_ids + short.answer_ids) == "a: no"
+
+
+def test_a_length_beyond_the_window_is_an_error(tmp_path: Path, corpus: Path) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    with pytest.raises(ValueError, match="max_length=65, window=64"):
+        load_examples(tmp_path / "none", tokenizer, max_length=65, window=64, is_generation=False)
+
+
+def test_every_epoch_visits_every_example_once() -> None:
+    examples = [Example([i] * (1 + i % 5), [99]) for i in range(3, 43)]
+    batches = ExampleBatches(examples, batch_size=8, gradient_accumulation=2, seed=1)
+    assert batches.steps_per_epoch == 5
+    for epoch in range(2):
+        seen = [int(row[0]) for step in range(5) for part in batches(epoch * 5 + step) for row in part.input_ids]
+        assert sorted(seen) == list(range(3, 43))
+    assert [b.input_ids.tolist() for b in batches(3)] == [
+        b.input_ids.tolist()
+        for b in ExampleBatches(examples, batch_size=8, gradient_accumulation=2, seed=1)(3)
+    ]
+
+
+def test_totals_cover_the_whole_step() -> None:
+    batches = ExampleBatches([Example([1, 2], [3]), Example([4], [5, 6])], batch_size=2, gradient_accumulation=2, seed=0)
+    parts = batches(0)
+    assert len(parts) == 2
+    assert parts[0].totals == parts[1].totals == Totals(num_sequences=2, num_tokens=6, num_targets=3)
+
+
+def test_collate_labels_only_answers() -> None:
+    batch = collate([Example([5, 6], [7]), Example([8], [9])], Totals(2, 5, 2))
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 7], [-100, 9, -100]]
+    assert batch.is_token.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_blocks_cover_the_corpus(tmp_path: Path, corpus: Path) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    tokens = tokenize_corpus(corpus, tokenizer, max_tokens=10**6, out=tmp_path / "tokens.bin")
+    text = tokenizer.decode(tokens[:40].tolist())
+    assert text.startswith("the cat sat on the mat<|endoftext|>a dog ran")
+    batches = BlockBatches(np.arange(64, dtype=np.uint32), block_size=8, batch_size=4, gradient_accumulation=2, seed=0)
+    seen = np.concatenate([part.input_ids.numpy().ravel() for step in range(2) for part in batches(step)])
+    assert sorted(seen) == list(range(64))
+
+
+def test_tokenising_stops_at_max_tokens(tmp_path: Path, corpus: Path) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    assert len(tokenize_corpus(corpus, tokenizer, max_tokens=17, out=tmp_path / "t.bin")) == 17
+
+
+def test_parquet_sources(tmp_path: Path) -> None:
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    pq.write_table(pa.table({"sentence": ["x"], "label": [1]}), tmp_path / "glue" / "sst2" / "validation-0.parquet")
+    source = locate("nyu-mll/glue", "sst2", str(tmp_path))
+    assert list(read_rows(source, "validation", "sst2", limit=0)) == [{"sentence": "x", "label": 1}]
+    with pytest.raises(ValueError, match=r"no file of split=train .* holds validation-0\.parquet"):
+        list(read_rows(source, "train", "sst2", limit=0))
+    with pytest.raises(ValueError, match="holds no parquet for nyu-mll/other; tried"):
+        locate("nyu-mll/other", None, str(tmp_path))
+    assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
+
+
+def test_naive_bayes_learns_words() -> None:
+    labels = np.array([0, 1] * 10)
+    texts = ["bad film", "good film"] * 10
+    assert fit_predict(texts, labels, ["a good one", "BAD!"]).tolist() == [1, 0]

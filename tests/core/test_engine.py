@@ -1,0 +1,453 @@
+"""The engine against transformers' own models in fp32, with their linear layers made ternary by the reference below."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitdistill_core.engine.config import EngineConfig, engine_config
+from bitdistill_core.engine.decoder import KeyValueCache
+from bitdistill_core.engine.kernels import available_kernels
+from bitdistill_core.engine.model import Engine
+from bitdistill_core.engine.sampling import Sampling, choose_token
+from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
+from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
+
+BOS, EOS, VOCAB_SIZE = 256, 257, 260
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 258,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 6}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+# A name for each architecture and option: its config beyond COMMON.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_sliding_bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True} | SLIDING,
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
+    "llama_bias_llama3_rope": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3_ROPE,
+    },
+    "llama_linear_rope": {"model_type": "llama", "rope_parameters": LINEAR_ROPE, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_sliding": {"model_type": "mistral", "sliding_window": 6},
+    "gemma3": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_linear_rope_softcap": GEMMA
+    | {"sliding_window_pattern": 2, "rope_parameters": GEMMA_ROPE, "final_logit_softcapping": 3.0},
+}
+EPS = 1e-6
+
+
+class ReferenceBitLinear(nn.Module):
+    """Ternary weights, INT8 activations: the equations, nothing else."""
+
+    def __init__(self, linear: nn.Linear, has_input_norm: bool) -> None:
+        super().__init__()
+        self.weight_scale = linear.weight.abs().mean().clamp(min=1e-5)
+        self.w_ternary = (linear.weight / self.weight_scale).round().clamp(-1, 1)
+        self.bias = linear.bias
+        self.input_norm = nn.Parameter(1 + 0.3 * torch.randn(linear.in_features)) if has_input_norm else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_norm is not None:
+            x = self.input_norm * (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt())
+        absmax = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        x_int8 = (x * (127 / absmax)).round().clamp(-128, 127)
+        y = x_int8 @ self.w_ternary.T * (absmax / 127 * self.weight_scale)
+        return y if self.bias is None else y + self.bias
+
+
+def tokenizer_json() -> bytes:
+    """One token a byte, with a BOS put in front when special tokens are asked for."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer.to_str().encode()
+
+
+def quantize_rows(weight: torch.Tensor) -> Int8Rows:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return Int8Rows((weight / scale).round().to(torch.int8).numpy(), scale[:, 0].numpy())
+
+
+@torch.no_grad()
+def reference_student(name: str, subln: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A random transformers model with reference BitLinears, and the dictionary of its config.json."""
+    torch.manual_seed(7)
+    options = COMMON | ARCHITECTURES[name]
+    config = AutoConfig.for_model(**options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        elif "_proj" in parameter_name:
+            parameter.copy_(0.25 * torch.randn_like(parameter))  # attention spread over several tokens
+        else:
+            parameter.copy_(0.1 * torch.randn_like(parameter))  # layers, not the tied embedding, decide the output
+    for module_name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = module_name.rpartition(".")
+            has_norm = subln == "all" or (subln == "output" and child in ("o_proj", "down_proj"))
+            setattr(model.model.get_submodule(parent), child, ReferenceBitLinear(module, has_norm))
+    return model, config.to_dict() | {"bitdistill": {"subln": subln, "sub_norm_eps": EPS}}
+
+
+@torch.no_grad()
+def write_reference(path: Path, name: str, subln: str = "output", *, with_eos: bool = False) -> nn.Module:
+    """Packs a reference student at `path`; the returned model has the file's rounded embeddings."""
+    model, hf_config = reference_student(name, subln)
+    linears, norms, embeddings = {}, {}, {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, ReferenceBitLinear):
+            bias = None if module.bias is None else module.bias.numpy()
+            gain = None if module.input_norm is None else module.input_norm.numpy()
+            linears[module_name] = TernaryLinear(module.w_ternary.to(torch.int8).numpy(), float(module.weight_scale), bias, gain)
+        elif module_name.endswith("norm"):
+            norms[module_name] = module.weight.numpy()
+    for module_name in ("model.embed_tokens", "lm_head"):
+        if module_name == "model.embed_tokens" or not model.config.tie_word_embeddings:
+            weight = model.get_submodule(module_name).weight
+            embeddings[module_name] = rows = quantize_rows(weight)
+            weight.copy_(torch.from_numpy(rows.w_int8.astype(np.float32) * rows.row_scale[:, None]))
+    write_student(
+        path,
+        config=engine_config(hf_config, eos_token_ids=None if with_eos else []),
+        linears=linears,
+        embeddings=embeddings,
+        norms=norms,
+        tokenizer_json=tokenizer_json(),
+        created_by="test 1",
+    )
+    return model
+
+
+def reference_logits(model: nn.Module, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def random_prompt(seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, 15)]
+
+
+def prompt_without_ties(model: nn.Module) -> list[int]:
+    """A prompt whose reference logits are stable.
+
+    INT8 rounding is a step: an activation within float error of a tie may round either way, and one such step moves
+    logits by more than 1e-3. So a prompt counts only if the reference itself withstands embeddings off by 1e-6.
+    """
+    embedding = model.get_submodule("model.embed_tokens").weight
+    noise = 1 + 1e-6 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    for seed in range(60):
+        prompt = random_prompt(seed)
+        expected = reference_logits(model, prompt)
+        kept = embedding.detach().clone()
+        with torch.no_grad():
+            embedding.mul_(noise)
+            moved = reference_logits(model, prompt)
+            embedding.copy_(kept)
+        if relative_error(moved, expected) < 1e-4:
+            return prompt
+    raise AssertionError("every prompt has an activation near a tie")
+
+
+PROMPT = random_prompt(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, nn.Module]:
+    path = tmp_path_factory.mktemp("qwen3") / "model.bitdistill"
+    model = write_reference(path, "qwen3")
+    return Engine.load(path, num_threads=1), model
+
+
+@pytest.mark.parametrize("subln", ["output", "all"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, name: str, subln: str) -> None:
+    model = write_reference(tmp_path / "m", name, subln)
+    engine = Engine.load(tmp_path / "m", num_threads=1)
+    prompt = prompt_without_ties(model)
+    assert relative_error(engine.logits(prompt), reference_logits(model, prompt)) < 1e-3
+    expected = list(prompt)
+    for _ in range(32):
+        expected.append(int(reference_logits(model, expected)[-1].argmax()))
+    assert list(engine.generate_ids(prompt, 32)) == expected[len(prompt) :]
+
+
+def test_without_subln_the_logits_equal_transformers(tmp_path: Path) -> None:
+    model = write_reference(tmp_path / "m", "qwen3", "none")
+    prompt = prompt_without_ties(model)
+    assert relative_error(Engine.load(tmp_path / "m").logits(prompt), reference_logits(model, prompt)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral_sliding", "gemma3"])
+def test_token_by_token_with_the_cache_equals_all_at_once(tmp_path: Path, name: str) -> None:
+    prompt = prompt_without_ties(write_reference(tmp_path / "m", name))
+    engine = Engine.load(tmp_path / "m", num_threads=1)
+    decoder = engine._decoder
+    cache = KeyValueCache(engine.config, len(prompt))
+    rows = [decoder.logits(decoder.forward(np.array([token]), cache)) for token in prompt]
+    assert relative_error(np.concatenate(rows), engine.logits(prompt)) < 1e-3
+
+
+def test_prompts_longer_than_an_attention_block_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitdistill_core.engine.layers.ATTENTION_BLOCK", 4)
+    for name in ("qwen3", "gemma3"):
+        model = write_reference(tmp_path / name, name)
+        prompt = prompt_without_ties(model)
+        assert relative_error(Engine.load(tmp_path / name).logits(prompt), reference_logits(model, prompt)) < 1e-3
+
+
+def test_every_kernel_and_thread_count_gives_the_same_bits(tmp_path: Path) -> None:
+    write_reference(tmp_path / "m", "llama")
+    expected = Engine.load(tmp_path / "m", num_threads=1, kernel="scalar").logits(PROMPT)
+    for kernel in available_kernels():
+        for num_threads in (1, 2, 3):
+            engine = Engine.load(tmp_path / "m", num_threads=num_threads, kernel=kernel)
+            np.testing.assert_array_equal(engine.logits(PROMPT), expected)
+
+
+def test_score_is_the_log_probability_of_the_labels_tokens(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, model = qwen3
+    prompts, labels = ["good film", "a"], [" yes", " no", "?"]
+    scores = engine.score(prompts, labels)
+    assert scores.shape == (2, 3)
+    for row, prompt in enumerate(prompts):
+        for column, label in enumerate(labels):
+            context = [BOS, *engine.tokenizer.encode(prompt)]
+            continuation = engine.tokenizer.encode(label)
+            log_probabilities = torch.tensor(reference_logits(model, context + continuation)).log_softmax(-1)
+            positions = range(len(context) - 1, len(context) + len(continuation) - 1)
+            expected = sum(float(log_probabilities[p, t]) for p, t in zip(positions, continuation, strict=True))
+            assert scores[row, column] == pytest.approx(expected, rel=1e-3)
+
+
+def test_score_does_not_depend_on_the_other_prompts(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    together = engine.score(["one", "two", "one"], ["ab", "c"])
+    np.testing.assert_array_equal(together[0], together[2])
+    np.testing.assert_array_equal(together[1:2], engine.score(["two"], ["ab", "c"]))
+
+
+def test_score_ids_reports_whether_greedy_decoding_gives_the_continuation(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    greedy = list(engine.generate_ids(PROMPT, 4))
+    other = [*greedy[:3], (greedy[3] + 1) % 256]
+    (first, is_greedy), (second, other_is_greedy), (third, _) = engine.score_ids(
+        [(PROMPT, greedy), (PROMPT, other), (PROMPT[:5], greedy)]
+    )
+    assert is_greedy and not other_is_greedy
+    assert second < first < 0 and third != first
+
+
+def test_sampling_repeats_with_its_seed_and_is_greedy_in_the_limits(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    greedy = list(engine.generate_ids(PROMPT, 12))
+    assert list(engine.generate_ids(PROMPT, 12, temperature=1.0, top_k=1)) == greedy
+    assert list(engine.generate_ids(PROMPT, 12, temperature=1.0, top_p=1e-9)) == greedy
+    hot = list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=3))
+    assert hot == list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=3)) != greedy
+    assert hot != list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=4))
+
+
+def test_sampled_frequencies_are_the_softmax_of_the_kept_tokens() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25], np.float32))
+    generator = np.random.default_rng(0)
+    kept = [choose_token(logits, Sampling(1.0, top_k=3), generator) for _ in range(20000)]
+    np.testing.assert_allclose(np.bincount(kept, minlength=4) / 20000, np.array([0, 0.5, 0.15, 0.25]) / 0.9, atol=0.02)
+    kept = [choose_token(logits, Sampling(1.0, top_p=0.7), generator) for _ in range(20000)]
+    np.testing.assert_allclose(np.bincount(kept, minlength=4) / 20000, np.array([0, 0.5, 0, 0.25]) / 0.75, atol=0.02)
+
+
+def test_generation_ends_before_the_end_of_text_token(tmp_path: Path) -> None:
+    write_reference(tmp_path / "m", "qwen3", with_eos=True)
+    engine = Engine.load(tmp_path / "m")
+    assert engine.config.eos_token_ids == [EOS]
+    greedy = list(engine.generate_ids(PROMPT, 8))
+    ends_at = next(token for i, token in enumerate(greedy) if i > 1 and token not in greedy[:i])
+    engine.config.eos_token_ids[:] = [ends_at]
+    assert list(engine.generate_ids(PROMPT, 8)) == greedy[: greedy.index(ends_at)]
+
+
+def test_streamed_pieces_add_up_to_the_decoded_text(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    prompt = "caf\u00e9 "
+    ids = engine.tokenizer.encode(prompt, add_special_tokens=True)
+    new_ids = list(engine.generate_ids(ids, 30, temperature=5.0, seed=1))
+    assert ids[0] == BOS
+    pieces = list(engine.generate(prompt, 30, temperature=5.0, seed=1))
+    assert "".join(pieces) == engine.tokenizer.decode(ids + new_ids)[len(prompt) :]
+
+
+def test_characters_of_several_tokens_are_streamed_whole() -> None:
+    tokenizer = EngineTokenizer(tokenizer_json())
+    text = "na\u00efve \U0001f600 \u4e2d\u6587"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+    assert list(tokenizer.stream(tokenizer.encode("x"), ids)) == list(text)
+    assert "".join(tokenizer.stream([], ids[:-1])) == text[:-1] + "\ufffd"
+
+
+def test_generation_stops_before_a_stop_string_spread_over_pieces() -> None:
+    assert list(until_stop(["ab", "c\n", "\nde"], ["\n\n"])) == ["ab", "c"]
+    assert "".join(until_stop(["a\n", "b"], ["\n\n"])) == "a\nb"
+    assert "".join(until_stop(["a\n"], ["\n\n"])) == "a\n"
+    assert "".join(until_stop(["xENDy", "STOP"], ["STOP", "END"])) == "x"
+    assert list(until_stop(["END"], ["END"])) == []
+
+
+def test_info_counts_what_is_in_the_file(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, model = qwen3
+    info = engine.info()
+    references = [module for module in model.modules() if isinstance(module, ReferenceBitLinear)]
+    assert info["num_ternary_parameters"] == sum(module.w_ternary.numel() for module in references)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    assert info["num_parameters"] == info["num_ternary_parameters"] + dense
+    assert info["bytes"]["embedding"] == VOCAB_SIZE * (48 + 4) and info["bytes"]["lm_head"] == 0
+    assert sum(info["bytes"].values()) < info["file_bytes"]
+    assert (info["model_type"], info["num_layers"], info["num_threads"]) == ("qwen3", 3, 1)
+    assert info["kernel"] == available_kernels()[0]
+
+
+def test_clear_errors_for_input_the_engine_cannot_run(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    with pytest.raises(ValueError, match="the ids must be one list of at least one token id"):
+        engine.logits([])
+    with pytest.raises(ValueError, match="the prompt must be one list of at least one token id"):
+        engine.score_ids([([], [1])])
+    with pytest.raises(ValueError, match="the continuation must be one list of at least one token id"):
+        engine.score(["prompt"], [""])
+    with pytest.raises(ValueError, match="num_prompts=0"):
+        engine.score([], ["a"])
+    with pytest.raises(ValueError, match="num_labels=0"):
+        engine.score(["a"], [])
+    with pytest.raises(ValueError, match="got an empty batch"):
+        engine.score_ids([])
+    with pytest.raises(ValueError, match="from 0 to vocab_size - 1 = 259; got token_id=260"):
+        engine.logits([1, 260])
+    with pytest.raises(ValueError, match="got token_id=-1"):
+        engine.logits([-1])
+    with pytest.raises(ValueError, match="must hold integers; got dtype=float64"):
+        engine.logits([0.5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="must fit max_position_embeddings=96; got num_tokens=97"):
+        engine.logits([1] * 97)
+    with pytest.raises(ValueError, match="prompt and new tokens must fit max_position_embeddings=96; got num_tokens=97"):
+        engine.generate("x" * 90, 7)
+    with pytest.raises(ValueError, match="prompt and continuation must fit"):
+        engine.score(["x" * 94], ["abc"])
+    with pytest.raises(ValueError, match="max_new_tokens of at least 1; got max_new_tokens=0"):
+        engine.generate_ids([1], 0)
+    with pytest.raises(ValueError, match="got temperature=-1"):
+        engine.generate_ids([1], 1, temperature=-1)
+    with pytest.raises(ValueError, match="stop must be a list of strings"):
+        engine.generate("x", 1, stop="END")
+    with pytest.raises(ValueError, match="num_threads=-2"):
+        Engine.load(engine.model.path, num_threads=-2)
+    with pytest.raises(ValueError, match="got kernel=abacus"):
+        Engine.load(engine.model.path, kernel="abacus")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_engine_config_reads_a_saved_config_json(tmp_path: Path, name: str) -> None:
+    config = AutoConfig.for_model(**(COMMON | ARCHITECTURES[name]))
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    surgery = {"bitdistill": {"subln": "all", "sub_norm_eps": 1e-5}}
+    from_file = engine_config(saved | surgery)
+    assert from_file == engine_config(config.to_dict() | surgery)
+    assert EngineConfig.from_dict(json.loads(json.dumps(from_file))).to_dict() == from_file
+
+
+def test_engine_config_reads_the_keys_of_transformers_4() -> None:
+    surgery = {"bitdistill": {"subln": "none", "sub_norm_eps": 1e-6}}
+    old = COMMON | {"model_type": "qwen3", "rope_theta": 1e6, "rope_scaling": None} | surgery
+    assert engine_config(old)["rope"]["full_attention"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert engine_config(old)["head_dim"] == 128
+    scaling = {"type": "linear", "factor": 8.0}
+    old = COMMON | GEMMA | {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling} | surgery
+    assert engine_config(old)["rope"] == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    assert engine_config(old)["embedding_multiplier"] == float(np.float32(math.sqrt(48)))
+
+
+def test_engine_config_refuses_what_the_engine_does_not_compute() -> None:
+    surgery = {"bitdistill": {"subln": "output", "sub_norm_eps": 1e-6}}
+    base = COMMON | {"model_type": "llama"} | surgery
+    gemma = COMMON | GEMMA | surgery
+    refused: list[tuple[dict[str, Any], str]] = [
+        (base | {"model_type": "gpt2"}, "supports model_type qwen3, .*gemma3_text; got model_type=gpt2"),
+        (base | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "supports rope_type default, linear, llama3"),
+        (base | {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
+        (base | {"partial_rotary_factor": 0.5}, "rotates whole heads"),
+        (base | {"hidden_act": "relu"}, "supports activations silu, gelu_pytorch_tanh; got hidden_act=relu"),
+        (base | {"hidden_size": None}, "needs hidden_size as a positive integer; got hidden_size=None"),
+        (base | {"num_key_value_heads": 3}, "num_attention_heads=4 num_key_value_heads=3"),
+        (base | {"bitdistill": None}, "needs bitdistill.subln, one of none, output, all"),
+        (base | {"bitdistill": surgery["bitdistill"] | {"skip_modules": ["a"]}}, r"skip_modules=\['a'\]"),
+        (gemma | {"attn_logit_softcapping": 50.0}, "does not apply attn_logit_softcapping .*=50.0"),
+        (gemma | {"use_bidirectional_attention": True}, "computes causal attention"),
+    ]
+    for config, message in refused:
+        with pytest.raises(ValueError, match=message):
+            engine_config(config)
+    with pytest.raises(ValueError, match=r"missing=\['vocab_size'\] unknown=\['extra'\]"):
+        complete = engine_config(base)
+        del complete["vocab_size"]
+        EngineConfig.from_dict(complete | {"extra": 1})
+
+
+def test_the_engine_imports_without_torch_and_transformers() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "import bitdistill_core.engine.model, bitdistill_core.packing"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

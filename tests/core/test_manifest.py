@@ -1,0 +1,141 @@
+"""What is up to date, what is made again, and that nothing is ever half-written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from bitdistill_core.manifest import Metrics, Report, Result, execute, read_manifest
+
+
+class Config(BaseModel):
+    value: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    source: Path
+
+
+@dataclass(frozen=True)
+class NoInputs:
+    pass
+
+
+class Stage:
+    """A stage that counts its runs and can be made to fail."""
+
+    def __init__(self) -> None:
+        self.runs, self.error = 0, None
+
+    def __call__(
+        self, config: Config, inputs: object, *, out_dir: Path, work_dir: Path, report: Report
+    ) -> Metrics:
+        self.runs += 1
+        (out_dir / "a.txt").write_text(f"{config.value}")
+        (work_dir / "state").write_text((work_dir / "state").read_text() + "x" if (work_dir / "state").exists() else "x")
+        report({"stage/value": config.value}, self.runs)
+        if self.error is not None:
+            raise self.error
+        return {"stage/value": float(config.value)}
+
+
+def run(stage: Stage, tmp_path: Path, value: int = 1, **options: object) -> Result:
+    return execute(
+        "stage", stage, Config(value=value), NoInputs(), directory=tmp_path / "out", work_root=tmp_path / "work", **options
+    )
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
+    stage = Stage()
+    first, second = run(stage, tmp_path), run(stage, tmp_path)
+    assert stage.runs == 1
+    assert (first.was_up_to_date, second.was_up_to_date) == (False, True)
+    assert second.metrics == {"stage/value": 1.0}
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["stage/value"] == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_another_configuration_runs_again(tmp_path: Path) -> None:
+    stage = Stage()
+    run(stage, tmp_path)
+    assert not run(stage, tmp_path, value=2).was_up_to_date
+    assert (tmp_path / "out" / "a.txt").read_text() == "2"
+
+
+def test_a_changed_input_makes_the_stage_stale(tmp_path: Path) -> None:
+    source, stage = Stage(), Stage()
+
+    def both(value: int) -> Result:
+        run(source, tmp_path, value)
+        return execute(
+            "next", stage, Config(value=0), Inputs(tmp_path / "out"), directory=tmp_path / "n", work_root=tmp_path / "w"
+        )
+
+    both(1)
+    assert both(1).was_up_to_date
+    assert not both(2).was_up_to_date
+
+
+def test_a_changed_source_file_makes_the_stage_stale(tmp_path: Path) -> None:
+    stage, file = Stage(), tmp_path / "data.parquet"
+    file.write_text("1")
+    run(stage, tmp_path, sources=[file])
+    assert run(stage, tmp_path, sources=[file]).was_up_to_date
+    file.write_text("2")
+    assert not run(stage, tmp_path, sources=[file]).was_up_to_date
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_output_is_made_again_and_named(tmp_path: Path, damage: str) -> None:
+    stage = Stage()
+    run(stage, tmp_path)
+    file = tmp_path / "out" / "a.txt"
+    file.write_text("9") if damage == "changed" else file.unlink()
+    with pytest.raises(ValueError, match=f"{damage} file path=.*a.txt"):
+        read_manifest(tmp_path / "out")
+    assert not run(stage, tmp_path).was_up_to_date
+    assert file.read_text() == "1"
+
+
+def test_a_failed_stage_leaves_no_result_and_keeps_the_old_one(tmp_path: Path) -> None:
+    stage = Stage()
+    run(stage, tmp_path)
+    stage.error = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        run(stage, tmp_path, value=2)
+    assert (tmp_path / "out" / "a.txt").read_text() == "1"
+    read_manifest(tmp_path / "out")
+
+
+def test_an_interrupted_stage_finds_its_work_again(tmp_path: Path) -> None:
+    stage = Stage()
+    stage.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "work" / "state").read_text() == "x"
+    stage.error = None
+    with_other = Stage()
+    run(with_other, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1]  # the repeated step replaced the old line
+
+
+def test_work_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
+    stage = Stage()
+    stage.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, tmp_path, value=2)
+    assert (tmp_path / "work" / "state").read_text() == "x"
+
+
+def test_an_unfinished_input_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished stage in path=.*run that stage first"):
+        execute(
+            "next", Stage(), Config(value=0), Inputs(tmp_path / "none"), directory=tmp_path / "n", work_root=tmp_path / "w"
+        )

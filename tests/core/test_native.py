@@ -1,0 +1,136 @@
+"""The native kernels against an integer matmul in NumPy: exactly equal, never close."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from bitdistill_core.engine import kernels
+from bitdistill_core.packing import pack_ternary
+
+ROWS = (1, 15, 16, 17, 33)
+COLUMNS = (1, 4, 15, 16, 17, 100, 4096)
+TOKENS = (1, 2, 3, 4, 5, 9)
+EVERY_KERNEL = kernels.available_kernels()
+
+
+def exact_sums(x: np.ndarray, w_ternary: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64) @ w_ternary.astype(np.int64).T
+
+
+def random_case(n: int, k: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng([n, k, tokens])
+    x = generator.integers(-128, 128, (tokens, k)).astype(np.int8)
+    return x, generator.integers(-1, 2, (n, k)).astype(np.int8)
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("k", COLUMNS)
+def test_every_kernel_equals_an_integer_matmul(kernel: str, n: int, k: int) -> None:
+    for tokens in TOKENS:
+        x, w_ternary = random_case(n, k, tokens)
+        sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), n, kernel=kernel)
+        assert sums.dtype == np.int32
+        np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("k", [255, 256, 257, 272, 4096, 8192])
+@pytest.mark.parametrize("activation", [-128, 127])
+@pytest.mark.parametrize("weight", [-1, 0, 1])
+def test_extreme_activations_and_weights_do_not_overflow(kernel: str, k: int, activation: int, weight: int) -> None:
+    x = np.full((5, k), activation, np.int8)
+    w_ternary = np.full((17, k), weight, np.int8)
+    sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 17, kernel=kernel)
+    np.testing.assert_array_equal(sums, np.full((5, 17), activation * weight * k))
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_the_number_of_threads_does_not_change_the_sums(kernel: str, num_threads: int) -> None:
+    x, w_ternary = random_case(83, 100, 9)
+    for _ in range(20):
+        sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 83, kernel=kernel, num_threads=num_threads)
+        np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+def test_more_tokens_than_one_block(kernel: str) -> None:
+    x, w_ternary = random_case(33, 48, 131)
+    sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 33, kernel=kernel, num_threads=2)
+    np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+def test_weights_need_no_alignment(kernel: str) -> None:
+    x, w_ternary = random_case(17, 40, 3)
+    packed = pack_ternary(w_ternary)
+    odd_address = np.empty(packed.size + 1, np.uint8)[1:].reshape(packed.shape)
+    odd_address[:] = packed
+    np.testing.assert_array_equal(kernels.ternary_matmul(x, odd_address, 17, kernel=kernel), exact_sums(x, w_ternary))
+
+
+def test_concurrent_calls_from_several_python_threads_are_exact() -> None:
+    cases = [random_case(50 + i, 64, 3) for i in range(16)]
+
+    def wrong(case: tuple[np.ndarray, np.ndarray]) -> int:
+        x, w_ternary = case
+        packed, expected = pack_ternary(w_ternary), exact_sums(x, w_ternary)
+        n = len(w_ternary)
+        return sum((kernels.ternary_matmul(x, packed, n, num_threads=2) != expected).any() for _ in range(20))
+
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(wrong, cases)) == [0] * len(cases)
+
+
+def test_a_forked_child_starts_threads_of_its_own() -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    x, w_ternary = random_case(64, 64, 2)
+    packed, expected = pack_ternary(w_ternary), exact_sums(x, w_ternary)
+    kernels.ternary_matmul(x, packed, 64, num_threads=2)
+    child = os.fork()
+    if child == 0:
+        equal = np.array_equal(kernels.ternary_matmul(x, packed, 64, num_threads=2), expected)
+        os._exit(0 if equal else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_tokens_give_no_rows() -> None:
+    w_ternary = np.ones((3, 16), np.int8)
+    assert kernels.ternary_matmul(np.empty((0, 16), np.int8), pack_ternary(w_ternary), 3).shape == (0, 3)
+
+
+def test_scalar_is_always_available_and_the_active_kernel_is_the_first() -> None:
+    assert "scalar" in kernels.available_kernels()
+    assert kernels.active_kernel() == kernels.available_kernels()[0]
+
+
+def test_zero_threads_means_every_core_and_negative_is_an_error() -> None:
+    assert kernels.resolve_num_threads(0) >= 1
+    assert kernels.resolve_num_threads(3) == 3
+    with pytest.raises(ValueError, match=r"num_threads must be 0 \(every core\) or more; got num_threads=-1"):
+        kernels.resolve_num_threads(-1)
+
+
+def test_rejects_arguments_the_kernel_would_misread() -> None:
+    x, w_ternary = random_case(17, 32, 2)
+    packed = pack_ternary(w_ternary)
+    with pytest.raises(ValueError, match="x must be a NumPy array of dtype int8 with 2 dimensions; got dtype=float64"):
+        kernels.ternary_matmul(x.astype(float), packed, 17)
+    with pytest.raises(ValueError, match="w_packed must be a NumPy array of dtype uint8 with 3 dimensions"):
+        kernels.ternary_matmul(x, packed.reshape(-1, 64), 17)
+    with pytest.raises(ValueError, match="x must be C-contiguous"):
+        kernels.ternary_matmul(np.asfortranarray(x), packed, 17)
+    with pytest.raises(ValueError, match=r"x must fit w_packed, packed for K up to 32; got x of shape=\(2, 16\)"):
+        kernels.ternary_matmul(np.ascontiguousarray(x[:, :16]), packed, 17)
+    with pytest.raises(ValueError, match="n must fit the 2 panels of 16 rows in w_packed; got n=16"):
+        kernels.ternary_matmul(x, packed, 16)
+    with pytest.raises(ValueError, match="lines of 64 bytes"):
+        kernels.ternary_matmul(x, np.zeros((2, 2, 32), np.uint8), 17)
+    with pytest.raises(ValueError, match="kernel must be one of .*scalar.* on this processor; got kernel=neon9"):
+        kernels.ternary_matmul(x, packed, 17, kernel="neon9")
+    with pytest.raises(ValueError, match="exact for K up to"):
+        kernels.ternary_matmul(np.zeros((1, 2**22 + 16), np.int8), np.zeros((1, 2**18 + 1, 64), np.uint8), 1)

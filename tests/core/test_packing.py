@@ -1,0 +1,332 @@
+"""Packing: the bit layout by hand, the round trip, and one clear error for every way a file can be wrong."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from bitdistill_core import packing
+from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
+from bitdistill_core.packing import (
+    Int8Rows,
+    TernaryLinear,
+    pack_ternary,
+    packed_shape,
+    read_packed,
+    unpack_ternary,
+    write_student,
+)
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 7,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "eos_token_id": 6,
+    "bitdistill": {"subln": "output", "sub_norm_eps": 1e-6},
+}
+
+
+def student_arguments(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """What the pack stage hands to `write_student`, with random codes."""
+    generator = np.random.default_rng(seed)
+    config = engine_config(TINY | changes)
+    engine = EngineConfig.from_dict(config)
+    linears = {
+        name: TernaryLinear(
+            generator.integers(-1, 2, (layer.n, layer.k)).astype(np.int8),
+            0.5,
+            generator.standard_normal(layer.n).astype(np.float32) if layer.has_bias else None,
+            np.ones(layer.k, np.float32) if layer.has_input_norm else None,
+        )
+        for name, layer in linear_layers(engine).items()
+    }
+    codes = generator.integers(-127, 128, (engine.vocab_size, engine.hidden_size)).astype(np.int8)
+    rows = Int8Rows(codes, np.full(engine.vocab_size, 0.01, np.float32))
+    return {
+        "config": config,
+        "linears": linears,
+        "embeddings": {"model.embed_tokens": rows} | ({} if engine.tie_word_embeddings else {"lm_head": rows}),
+        "norms": {name: np.ones(size, np.float32) for name, size in norm_layers(engine).items()},
+        "tokenizer_json": b"{}",
+        "created_by": "test 1",
+    }
+
+
+@pytest.fixture
+def packed_file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.bitdistill"
+    write_student(path, **student_arguments())
+    return path
+
+
+def split_file(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join_file(path: Path, header: dict[str, Any], data: bytes) -> None:
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+def with_metadata(path: Path, **changes: str) -> None:
+    header, data = split_file(path)
+    header["__metadata__"].update(changes)
+    join_file(path, header, data)
+
+
+def test_one_line_bit_by_bit() -> None:
+    w_ternary = np.zeros((16, 16), np.int8)
+    w_ternary[0, 0] = 1  # row 0, k = 0:  byte 0, plane 0: code 2 in bits 0-1
+    w_ternary[0, 4] = -1  # row 0, k = 4:  byte 0, plane 1: code 0 in bits 2-3
+    w_ternary[0, 12] = 1  # row 0, k = 12: byte 0, plane 3: code 2 in bits 6-7
+    w_ternary[0, 11] = 1  # row 0, k = 11: byte 3, plane 2: code 2 in bits 4-5
+    w_ternary[8, 1] = -1  # row 8, k = 1:  byte 33, plane 0: code 0 in bits 0-1
+    w_ternary[15, 15] = 1  # row 15, k = 15: byte 63, plane 3: code 2 in bits 6-7
+    expected = np.full(64, 0b01_01_01_01, np.uint8)
+    expected[0] = 0b10_01_00_10
+    expected[3] = 0b01_10_01_01
+    expected[33] = 0b01_01_01_00
+    expected[63] = 0b10_01_01_01
+    np.testing.assert_array_equal(pack_ternary(w_ternary), expected.reshape(1, 1, 64))
+
+
+def test_panels_then_lines() -> None:
+    w_ternary = np.zeros((17, 33), np.int8)
+    w_ternary[16, 32] = 1
+    packed = pack_ternary(w_ternary)
+    assert packed.shape == packed_shape(17, 33) == (2, 3, 64)
+    assert packed[1, 2, 0] == 0b01_01_01_10
+    assert (np.delete(packed.reshape(-1), (3 + 2) * 64) == 0x55).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_unpack_gives_back_what_was_packed(n: int, k: int, seed: int) -> None:
+    w_ternary = np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
+    packed = pack_ternary(w_ternary)
+    assert packed.dtype == np.uint8 and packed.flags.c_contiguous
+    np.testing.assert_array_equal(unpack_ternary(packed, n, k), w_ternary)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_every_byte_is_where_the_formula_says(n: int, k: int, seed: int) -> None:
+    w_ternary = np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
+    packed = pack_ternary(w_ternary)
+    for row in range(n):
+        for column in range(k):
+            byte = packed[row // 16, column // 16, row % 16 * 4 + column % 4]
+            assert (byte >> column % 16 // 4 * 2 & 3) == w_ternary[row, column] + 1
+
+
+def test_pack_rejects_what_is_not_ternary() -> None:
+    with pytest.raises(ValueError, match="needs int8 codes -1, 0 and 1; got dtype=int8 min=-2 max=1"):
+        pack_ternary(np.array([[1, -2]], np.int8))
+    with pytest.raises(ValueError, match="got dtype=float32"):
+        pack_ternary(np.ones((2, 2), np.float32))
+    with pytest.raises(ValueError, match="a matrix .* that is not empty; got shape="):
+        pack_ternary(np.empty((0, 4), np.int8))
+
+
+def test_unpack_rejects_another_shape_and_the_code_three() -> None:
+    with pytest.raises(ValueError, match=r"w_packed of n=17 k=16 has shape \(2, 1, 64\); got shape=\(1, 1, 64\)"):
+        unpack_ternary(pack_ternary(np.ones((16, 16), np.int8)), 17, 16)
+    with pytest.raises(ValueError, match="code 3"):
+        unpack_ternary(np.full((1, 1, 64), 255, np.uint8), 16, 16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("subln", ["none", "output", "all"])
+def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln: str) -> None:
+    surgery = {"subln": subln, "sub_norm_eps": 1e-5}
+    arguments = student_arguments(tie_word_embeddings=tied, bitdistill=surgery, attention_bias=True)
+    write_student(tmp_path / "m", **arguments)
+    model = read_packed(tmp_path / "m")
+    assert model.created_by == "test 1"
+    assert model.config.to_dict() == arguments["config"]
+    assert ("lm_head.w_int8" in model.tensors) == (not tied)
+    for name, linear in arguments["linears"].items():
+        unpacked = unpack_ternary(model.tensors[f"{name}.w_packed"], *linear.w_ternary.shape)
+        np.testing.assert_array_equal(unpacked, linear.w_ternary)
+        assert model.tensors[f"{name}.weight_scale"] == np.float32(linear.weight_scale)
+        assert (f"{name}.input_norm.weight" in model.tensors) == (linear.input_norm is not None)
+        assert (f"{name}.bias" in model.tensors) == (linear.bias is not None)
+    rows = arguments["embeddings"]["model.embed_tokens"]
+    np.testing.assert_array_equal(model.tensors["model.embed_tokens.w_int8"], rows.w_int8)
+    assert model.tensors["tokenizer.json"].tobytes() == b"{}"
+
+
+def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(packed_file: Path) -> None:
+    model = read_packed(packed_file)
+    with safe_open(packed_file, framework="numpy") as file:
+        assert file.metadata()["format"] == "bitdistill"
+        assert file.metadata()["format_version"] == "1"
+        assert set(file.keys()) == set(model.tensors)
+        for name in file.keys():
+            np.testing.assert_array_equal(file.get_tensor(name), model.tensors[name])
+    for name, tensor in model.tensors.items():
+        assert not tensor.flags.writeable
+        if name.endswith(".w_packed"):
+            assert tensor.ctypes.data % 64 == 0
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_student(tmp_path / "a", **student_arguments())
+    write_student(tmp_path / "b", **student_arguments())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(packed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = packed_file.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(packing.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_student(packed_file, **student_arguments(seed=1))
+    assert packed_file.read_bytes() == before
+    assert [path.name for path in packed_file.parent.iterdir()] == [packed_file.name]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_write_names_the_tensor_with_a_number_that_is_not_finite(tmp_path: Path, value: float) -> None:
+    arguments = student_arguments()
+    arguments["norms"]["model.norm"][3] = value
+    with pytest.raises(ValueError, match=r"got NaN or infinity in tensor=model\.norm\.weight"):
+        write_student(tmp_path / "m", **arguments)
+    arguments = student_arguments()
+    name = "model.layers.0.mlp.up_proj"
+    arguments["linears"][name] = TernaryLinear(arguments["linears"][name].w_ternary, value)
+    with pytest.raises(ValueError, match=rf"got NaN or infinity in tensor={name}\.weight_scale"):
+        write_student(tmp_path / "m", **arguments)
+    assert not (tmp_path / "m").exists()
+
+
+def test_write_names_what_does_not_fit_the_config(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    arguments = student_arguments()
+    linear = arguments["linears"].pop(name)
+    with pytest.raises(ValueError, match=rf"the model lacks 2 tensors .* first missing tensor={name}\.w_packed"):
+        write_student(tmp_path / "m", **arguments)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary[:, :-1], 1.0)
+    with pytest.raises(ValueError, match=rf"linear={name} .* needs shape=\(20, 24\); got shape=\(20, 23\)"):
+        write_student(tmp_path / "m", **arguments)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary * 2, 1.0)
+    with pytest.raises(ValueError, match=rf"needs int8 codes -1, 0 and 1.*\(in linear={name}\)"):
+        write_student(tmp_path / "m", **arguments)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary, 1.0, bias=np.zeros(20, np.float32))
+    with pytest.raises(ValueError, match=rf"1 tensors unknown to its config; first unexpected tensor={name}\.bias"):
+        write_student(tmp_path / "m", **arguments)
+
+
+def test_reads_no_file_and_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none found at path=.*absent"):
+        read_packed(tmp_path / "absent")
+    with pytest.raises(ValueError, match="none found at path="):
+        read_packed(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"GGUF" + bytes(100), struct.pack("<Q", 2) + b"{}"])
+def test_says_when_a_file_is_not_a_packed_model(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a packed bitdistill model; make one with the pack stage"):
+        read_packed(tmp_path / "m")
+
+
+def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(3)}, tmp_path / "m", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is not a packed bitdistill model"):
+        read_packed(tmp_path / "m")
+
+
+def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
+    with_metadata(packed_file, format_version="2")
+    with pytest.raises(ValueError, match=r"this engine reads format_version=1; got format_version=2"):
+        read_packed(packed_file)
+
+
+@pytest.mark.parametrize("kept", [9, 300, -1, -1000])
+def test_says_when_a_file_is_truncated(packed_file: Path, kept: int) -> None:
+    packed_file.write_bytes(packed_file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="is truncated"):
+        read_packed(packed_file)
+
+
+def test_says_when_a_file_has_bytes_after_its_end(packed_file: Path) -> None:
+    packed_file.write_bytes(packed_file.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="has bytes after its end"):
+        read_packed(packed_file)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.w_packed", "model.norm.weight", "model.embed_tokens.w_int8", "tokenizer.json"]
+)
+def test_names_the_tensor_whose_bytes_are_corrupted(packed_file: Path, name: str) -> None:
+    header, data = split_file(packed_file)
+    damaged = bytearray(data)
+    damaged[header[name]["data_offsets"][1] - 1] ^= 4
+    join_file(packed_file, header, bytes(damaged))
+    with pytest.raises(ValueError, match=rf"is corrupted: the checksum of tensor={name} differs"):
+        read_packed(packed_file)
+
+
+def test_says_when_the_config_is_corrupted(packed_file: Path) -> None:
+    header, _ = split_file(packed_file)
+    config = json.loads(header["__metadata__"]["config"]) | {"rms_norm_eps": 1e-5}
+    with_metadata(packed_file, config=json.dumps(config))
+    with pytest.raises(ValueError, match="is corrupted: the checksum of its config differs"):
+        read_packed(packed_file)
+
+
+def test_names_the_missing_tensor(packed_file: Path) -> None:
+    header, data = split_file(packed_file)
+    del header["model.norm.weight"]
+    join_file(packed_file, header, data)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors that its config calls for; first missing tensor=model\.norm"):
+        read_packed(packed_file)
+
+
+def test_names_the_tensor_that_does_not_fit_the_config(packed_file: Path) -> None:
+    header, data = split_file(packed_file)
+    header["model.norm.weight"]["shape"] = [2, 12]
+    join_file(packed_file, header, data)
+    with pytest.raises(ValueError, match=r"tensor=model\.norm\.weight needs dtype=float32 shape=\(24,\); got .*\(2, 12\)"):
+        read_packed(packed_file)
+    header["model.norm.weight"]["shape"] = [23]
+    join_file(packed_file, header, data)
+    with pytest.raises(ValueError, match=r"is corrupted: the entry of tensor=model\.norm\.weight is .*\[23\]"):
+        read_packed(packed_file)
+
+
+def test_a_damaged_header_is_always_a_clear_error(packed_file: Path) -> None:
+    content = packed_file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    generator = np.random.default_rng(0)
+    for position in generator.integers(0, 8 + length, 600):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << generator.integers(8)
+        packed_file.write_bytes(damaged)
+        try:
+            read_packed(packed_file)
+        except ValueError as error:
+            assert "bitdistill" in str(error)
+        else:  # white space, or the free text of created_by
+            assert split_file(packed_file)[0].keys() == json.loads(content[8 : 8 + length]).keys()

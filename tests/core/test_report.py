@@ -1,0 +1,421 @@
+"""The report stage on a small synthetic run: numbers, escaping, self-containedness, schema, generation, gaps."""
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitdistill_core import pipeline
+from bitdistill_core.config import ReportConfig
+from bitdistill_core.manifest import discard
+from bitdistill_core.report.curves import smoothed
+from bitdistill_core.report.markdown import escaped
+from bitdistill_core.report.paired import bootstrap_interval, mcnemar_p
+from bitdistill_core.report.weights import summarize
+from bitdistill_core.stages import report
+
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+METHODS = ("fp16_sft", "bitnet_sft", "bitdistill")
+TITLE = "A <b>title</b> & more"
+NUM_EXAMPLES = 200
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def finish(directory: Path, seconds: float, metrics: dict[str, float], **config: Any) -> None:
+    write_json(directory / "metrics.json", metrics)
+    write_json(directory / "manifest.json", {"config": config, "seconds": seconds, "started": 1.7e9, "outputs": {}})
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    z = 1.959963984540054
+    centre, spread = share + z * z / (2 * n), z * math.sqrt((share * (1 - share) + z * z / (4 * n)) / n)
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def wrong_examples(method: str) -> set[int]:
+    """Which examples a method gets wrong. The packed BitNet-SFT errs on one more than its student."""
+    wrong = {"fp16_sft": range(20), "bitnet_sft": range(60), "bitdistill": range(10, 36)}[
+        method.removesuffix("_packed")
+    ]
+    return set(wrong) | ({150} if method == "bitnet_sft_packed" else set())
+
+
+def write_evaluation(directory: Path, method: str, splits: list[str]) -> None:
+    numbers = {}
+    for split in splits:
+        wrong = wrong_examples(method)
+        lines = []
+        for index in range(NUM_EXAMPLES):
+            label = index % 2
+            prediction = 1 - label if index in wrong else label
+            lines.append({"index": index, "label": label, "prediction": prediction, "scores": [-1.0, -2.0]})
+        write_lines(directory / f"predictions-{split}.jsonl", lines)
+        accuracy = 1 - len(wrong) / NUM_EXAMPLES
+        low, high = wilson(accuracy, NUM_EXAMPLES)
+        numbers[split] = {
+            "metrics": {"accuracy": accuracy}, "num_examples": NUM_EXAMPLES, "ci_low": low, "ci_high": high,
+        }  # fmt: skip
+    write_json(directory / "results.json", {"task": "sst2", "split_order": splits, "splits": numbers})
+    finish(directory, 5.0, {}, batch_size=32)
+
+
+def write_generation(directory: Path, method: str, split: str) -> None:
+    base = {"fp16_sft": 40.0, "bitnet_sft": 30.0, "bitdistill": 39.0}[method.removesuffix("_packed")]
+    metrics = {"rouge1": base, "rouge2": base / 2, "rougeL": base * 0.7, "rougeLsum": base * 0.9, "bleu": base / 3}
+    numbers = {"metrics": metrics, "num_examples": 2, "ci_low": None, "ci_high": None}
+    write_json(
+        directory / "results.json", {"task": "cnn_dailymail", "split_order": [split], "splits": {split: numbers}}
+    )
+    second = "b <i>" if method == "bitdistill_packed" else "b"
+    lines = [{"index": i, "prediction": p, "reference": "a"} for i, p in enumerate(("a", second))]
+    write_lines(directory / f"predictions-{split}.jsonl", lines)
+    finish(directory, 5.0, {}, batch_size=32)
+
+
+def write_training(run: Path, stage: str, parts: tuple[str, ...], num_steps: int = 60) -> None:
+    random = np.random.default_rng(len(stage))
+    lines = []
+    for step in range(10, num_steps + 1, 10):
+        values = {part: (1 + i) * math.exp(-step / 40) + 0.1 * random.random() for i, part in enumerate(parts)}
+        values = {"loss": sum(values.values()), **values, "learning_rate": 1e-3, "grad_norm": 1.0}
+        lines.append({"step": step, "time": 1.7e9 + step, **{f"{stage}/{k}": v for k, v in values.items()}})
+        if len(parts) > 1:
+            norms = {f"{stage}/grad_norm_{part}": 0.5 + i for i, part in enumerate(parts)}
+            lines.append({"step": step, "time": 1.7e9 + step, **norms})
+    write_lines(run / stage / "metrics.jsonl", lines)
+    finish(run / stage, 60.0, {f"{stage}/loss": 0.5}, seed=7)
+
+
+def write_weights(directory: Path, spread: float) -> None:
+    torch.manual_seed(0)
+    weights = {f"{module}.weight": torch.randn(32, 16) * spread + 0.02 for module in MODULES}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({**weights, "model.embed_tokens.weight": torch.zeros(4, 4)}, directory / "model.safetensors")
+
+
+def write_benchmark(directory: Path) -> None:
+    sizes, speeds = {"fp16_sft": 100.0, "bitnet_sft": 25.0, "bitdistill": 25.0}, {"fp16_sft": 50.0}
+    rows = [
+        {
+            "method": method,
+            "engine": "pytorch float32" if method == "fp16_sft" else "bitdistill avx2",
+            "file_mib": sizes[method],
+            "peak_rss_mib": 2 * sizes[method],
+            "added_rss_mib": 1.5 * sizes[method],
+            "prefill_tokens_per_second": 10 * speeds.get(method, 125.0),
+            "decode_tokens_per_second": speeds.get(method, 125.0),
+            "ttft_ms": 12.5,
+            "prefill_spread": [400.0, 1300.0],
+            "decode_spread": [45.0, 130.0],
+        }
+        for method in METHODS
+    ]
+    environment = {"cpu": "Some CPU <script>alert(1)</script>", "num_threads": 2, "kernel": "avx2"}
+    write_json(directory / "benchmark.json", {"environment": environment, "prompt_tokens": 128, "rows": rows})
+    finish(directory, 30.0, {}, prompt_tokens=128)
+
+
+def make_run(run: Path, *, is_generation: bool = False, has_pretrain: bool = True) -> report.Inputs:
+    """A finished run's directories, small and made up."""
+    floors = {} if is_generation else {"data/majority_accuracy": 0.5, "data/naive_bayes_accuracy": 0.75}
+    finish(run / "data", 1.0, {"data/num_examples_train": 1000.0, "data/num_documents": 50.0, **floors}, task="sst2")
+    for stage in ("base", "teacher", "bitnet_sft"):
+        write_training(run, stage, ("task_loss",))
+    write_json(run / "base/metrics.json", {"base/num_parameters": 1234567.0})
+    write_training(run, "distill", ("task_loss", "logits_kd", "attention_kd"))
+    finish(
+        run / "surgery", 0.5, {"surgery/num_bit_linears": 2.0, "surgery/num_ternary_weights": 1024.0}, subln="output"
+    )
+    changes = [{"module": m, "in_features": 16, "out_features": 32, "has_sub_norm": False} for m in MODULES]
+    write_json(run / "surgery/surgery.json", changes)
+    finish(run / "pretrain", 60.0, {}, num_tokens=0)
+    write_lines(run / "pretrain/metrics.jsonl", [])
+    if has_pretrain:
+        write_training(run, "pretrain", ("task_loss",))
+    for stage, spread in (("surgery", 0.02), ("pretrain", 0.05), ("distill", 0.06)):
+        write_weights(run / stage, spread)
+    for method in (*METHODS, "bitnet_sft_packed", "bitdistill_packed"):
+        if is_generation:
+            write_generation(run / "evaluate" / method, method, "test")
+        else:
+            write_evaluation(run / "evaluate" / method, method, ["test", "validation"])
+    write_benchmark(run / "benchmark")
+    nodes = {node.name: node for node in pipeline.NODES}
+    return report.Inputs(**{f: nodes[n].directory(run) for f, n in nodes["report"].inputs.items()})
+
+
+def make_report(inputs: report.Inputs, out_dir: Path) -> dict[str, float]:
+    out_dir.mkdir(parents=True)
+    config = ReportConfig(title=TITLE, loss_smoothing=0.5)
+    return report.run(config, inputs, out_dir=out_dir, work_dir=out_dir, report=discard, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    run = tmp_path_factory.mktemp("runs") / "demo-seed7"
+    return run / "report", make_report(make_run(run), run / "report")
+
+
+def results_of(out_dir: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((out_dir / "results.json").read_text())
+    return values
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would fetch, the ids, and whether tags close in order."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.open += [] if tag in self.VOID else [tag]
+        for name, value in attributes:
+            self.ids += [value or ""] if name == "id" else []
+            self.references += [value or ""] if name in ("src", "href", "xlink:href", "srcset") else []
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+# against an independent truth
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 3), (1, 9), (10, 2), (0, 40), (300, 260)])
+def test_mcnemar_p_is_the_two_sided_binomial_test(first: int, second: int) -> None:
+    n, k = first + second, min(first, second)
+    expected = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    assert mcnemar_p(first, second) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bootstrap_interval_agrees_with_resampling_examples() -> None:
+    differences = np.array([1] * 30 + [-1] * 12 + [0] * 158)
+    random = np.random.default_rng(1)
+    means = [differences[random.integers(0, 200, 200)].mean() for _ in range(4000)]
+    assert bootstrap_interval(30, 12, 200) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+
+
+def test_weight_summary_matches_the_formula(tmp_path: Path) -> None:
+    write_weights(tmp_path, 0.05)
+    summary = summarize(tmp_path / "model.safetensors", MODULES)
+    torch.manual_seed(0)
+    tensors = [torch.randn(32, 16) * 0.05 + 0.02 for _ in MODULES]
+    relative = torch.cat([(t / t.abs().mean()).flatten() for t in tensors])
+    codes = relative.round().clamp(-1, 1)
+    assert summary.num_weights == 1024
+    assert summary.code_shares == pytest.approx([float((codes == c).float().mean()) for c in (-1, 0, 1)])
+    assert summary.near_share == pytest.approx(float((relative.abs() - 0.5).abs().le(0.05).float().mean()))
+    inside = float(relative.abs().le(3).float().mean())
+    assert sum(summary.density) * 0.05 == pytest.approx(inside)
+
+
+def test_smoothed_is_a_weighted_average_and_factor_zero_changes_nothing() -> None:
+    values = [4.0, 1.0, 3.0]
+    assert smoothed(values, 0.0) == values
+    assert smoothed(values, 0.5)[2] == pytest.approx((0.25 * 4 + 0.5 * 1 + 3) / 1.75)
+    assert smoothed([2.0] * 5, 0.9) == pytest.approx([2.0] * 5)
+
+
+# the whole report
+
+
+def test_results_json_holds_the_run_s_numbers(finished: tuple[Path, dict[str, float]]) -> None:
+    results = results_of(finished[0])
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == list(METHODS)
+    assert set(rows["bitdistill"]) == {
+        "method", "accuracy", "ci_low", "ci_high", "num_examples", "file_mib", "peak_rss_mib",
+        "prefill_tokens_per_second", "decode_tokens_per_second",
+    }  # fmt: skip
+    assert (results["profile"], results["seed"]) == ("demo", 7)
+    # data 1, surgery 0.5, five trainings of 60, five evaluations of 5, benchmark 30
+    assert results["minutes"] == pytest.approx((1 + 0.5 + 5 * 60 + 5 * 5 + 30) / 60)
+    assert [rows[m]["accuracy"] for m in METHODS] == pytest.approx([0.9, 0.7, 0.87])
+    assert rows["bitdistill"]["file_mib"] == 25.0
+    assert results["floors"] == {"majority_accuracy": 0.5, "naive_bayes_accuracy": 0.75}
+    assert results["packed_agreement"]["bitdistill"] == {"test": 1.0, "validation": 1.0}
+    assert results["packed_agreement"]["bitnet_sft"]["test"] == pytest.approx(199 / 200)
+    assert results["splits"]["validation"]["bitnet_sft_packed"]["metrics"]["accuracy"] == pytest.approx(139 / 200)
+
+
+def test_results_json_pairs_predictions(finished: tuple[Path, dict[str, float]]) -> None:
+    paired = results_of(finished[0])["paired"]
+    # wrong: teacher 0-19, BitDistill 10-35; so BitDistill alone is right on 0-9, the teacher alone on 20-35
+    teacher = paired["bitdistill_vs_fp16_sft"]
+    assert (teacher["only_first_correct"], teacher["only_second_correct"]) == (10, 16)
+    assert teacher["difference"] == pytest.approx(-0.03)
+    assert teacher["ci_low"] < -0.03 < teacher["ci_high"]
+    assert teacher["mcnemar_p"] == pytest.approx(mcnemar_p(10, 16))
+    baseline = paired["bitdistill_vs_bitnet_sft"]
+    assert (baseline["only_first_correct"], baseline["only_second_correct"]) == (34, 0)
+    assert baseline["ci_low"] > 0
+
+
+def test_metrics_repeat_the_headline(finished: tuple[Path, dict[str, float]]) -> None:
+    metrics = finished[1]
+    assert metrics["report/accuracy_bitdistill"] == pytest.approx(0.87)
+    assert metrics["report/difference_to_fp16_sft"] == pytest.approx(-0.03)
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_page_tells_the_numbers_and_the_verdict(finished: tuple[Path, dict[str, float]]) -> None:
+    page = (finished[0] / "index.html").read_text()
+    assert "not distinguishable from (3.0 points below) its FP16 teacher" in page
+    assert "17.0 points above BitNet-SFT" in page
+    assert "its file is 0.25x the size and it decodes at 2.50x the speed" in page
+    assert "99.50%<small>199 of 200</small>" in page
+    assert "naive Bayes on words 75.0%. Not above the higher floor: BitNet-SFT." in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_page_is_self_contained_and_well_formed(finished: tuple[Path, dict[str, float]]) -> None:
+    page = (finished[0] / "index.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert not {"script", "link", "iframe", "object", "img"} & set(reader.tags)
+    assert all(reference.startswith("#") for reference in reader.references)
+    assert {reference[1:] for reference in reader.references} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert not re.search(r"https?://|//cdn|@import|src=", page)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page))
+
+
+def test_page_escapes_all_text(finished: tuple[Path, dict[str, float]]) -> None:
+    page = (finished[0] / "index.html").read_text()
+    assert "<b>title" not in page and "<script" not in page
+    assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_markdown_has_the_same_tables_and_its_images_exist(finished: tuple[Path, dict[str, float]]) -> None:
+    text = (finished[0] / "report.md").read_text()
+    assert "87.0% (95%:" in text and "\\<script\\>" in text
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    names = {"accuracy", "gradient-norms", "weights", "time"}
+    names |= {f"loss-{stage}" for stage in ("base", "teacher", "pretrain", "distill", "bitnet-sft")}
+    assert {Path(image).stem for image in images} == names
+    for image in images:
+        path = finished[0] / image
+        assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(".svg").is_file()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    unescaped = re.compile(r"(?<!\\)\|")
+    for line, below in pairwise(text.splitlines()):
+        if line in rows and below in rows:
+            assert len(unescaped.findall(line)) == len(unescaped.findall(below))
+
+
+def test_losses_csv_holds_every_reported_loss_as_it_was(finished: tuple[Path, dict[str, float]]) -> None:
+    with (finished[0] / "plots" / "losses.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["stage", "step", "part", "value"]
+    assert {row["stage"] for row in rows} == {"base", "teacher", "pretrain", "distill", "bitnet_sft"}
+    log = (finished[0].parent / "distill" / "metrics.jsonl").read_text().splitlines()
+    expected = {line["step"]: line["distill/logits_kd"] for line in map(json.loads, log) if "distill/loss" in line}
+    found = {int(r["step"]): float(r["value"]) for r in rows if (r["stage"], r["part"]) == ("distill", "logits_kd")}
+    assert found == expected
+    assert {r["part"] for r in rows if r["stage"] == "distill"} == {"loss", "task_loss", "logits_kd", "attention_kd"}
+
+
+def test_same_inputs_give_the_same_bytes(finished: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    run = tmp_path / "demo-seed7"
+    make_report(make_run(run), run / "report")
+    for path in sorted(finished[0].rglob("*.*")):
+        assert (run / "report" / path.relative_to(finished[0])).read_bytes() == path.read_bytes(), path.name
+
+
+# the edges
+
+
+def test_generation_task_reports_its_metrics_instead_of_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "cnn" / "report"
+    make_report(make_run(tmp_path / "cnn", is_generation=True), out)
+    results = results_of(out)
+    student = results["rows"][2]
+    assert student["accuracy"] is None and student["rougeLsum"] == pytest.approx(35.1)
+    assert (results["paired"], results["floors"]) == ({}, {})
+    assert results["packed_agreement"]["bitdistill"]["test"] == 0.5
+    page = (out / "index.html").read_text()
+    assert "BitDistill reaches rougeLsum 35.10, its FP16 teacher 36.00 and BitNet-SFT 27.00" in page
+    assert "bleu" in page and "Accuracy" not in page and "McNemar" not in page
+
+
+def test_skipped_pretraining_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "demo" / "report"
+    make_report(make_run(tmp_path / "demo", has_pretrain=False), out)
+    page = (out / "index.html").read_text()
+    assert "Continued pre-training was skipped" in page
+    assert not (out / "images" / "loss-pretrain.png").exists()
+    assert "before distillation" in page and "after pre-training" not in page
+
+
+def test_unmeasured_benchmark_is_said_and_null(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    write_json(inputs.benchmark / "benchmark.json", {"environment": {}, "rows": []})
+    make_report(inputs, tmp_path / "demo" / "report")
+    assert results_of(tmp_path / "demo" / "report")["rows"][0]["file_mib"] is None
+    page = (tmp_path / "demo" / "report" / "index.html").read_text()
+    assert "size and speed were not measured" in page and "not measured</td>" in page
+
+
+def test_missing_gradient_norms_are_said(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    log = inputs.distill / "metrics.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if "grad_norm_" not in line))
+    make_report(inputs, tmp_path / "demo" / "report")
+    assert "Gradient norms of the loss parts were not measured" in (tmp_path / "demo/report/index.html").read_text()
+
+
+def test_predictions_of_other_examples_are_refused(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    path = inputs.evaluate_bitdistill / "predictions-test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"same examples; got split=test, bitdistill=199 .* evaluate both again"):
+        make_report(inputs, tmp_path / "demo" / "report")
+
+
+def test_missing_weight_is_named(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    save_file({f"{MODULES[0]}.weight": torch.ones(2, 2)}, inputs.distill / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"missing={MODULES[1]} in path=.*distill"):
+        make_report(inputs, tmp_path / "demo" / "report")
+
+
+def test_missing_evaluation_is_named(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    (inputs.evaluate_fp16_sft / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"the report needs path=.*fp16_sft/results.json.*run that stage again"):
+        make_report(inputs, tmp_path / "demo" / "report")
+
+
+def test_markdown_escape_keeps_a_cell_a_cell() -> None:
+    assert escaped("a|b\nc <i> _d_ e_f & `g`") == "a\\|b c \\<i\\> \\_d\\_ e_f &amp; \\`g\\`"
