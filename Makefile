@@ -2,6 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# e.g. --extra-index-url https://download.pytorch.org/whl/cpu, for a build without CUDA
+TORCH_OPTIONS ?=
+# optional dependencies to install, as pip writes them; the training image has none
+EXTRAS ?= [dev]
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo test setup lint clean
@@ -34,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard bitdistill_co
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "missing: a C++ compiler (Debian: apt install g++)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch cmake ninja nanobind scikit-build-core
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_OPTIONS) torch cmake ninja nanobind scikit-build-core
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-build-isolation -e '.$(EXTRAS)'
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ One adapter serves both. Prompts and answers are encoded as in training, not by 
 and packed model see the same tokens. lm_eval and datasets are imported inside the functions that need them.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,25 +144,25 @@ def evaluate_split(
     """
     import datasets
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.utils import load_yaml_config
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    name = f"custom_{'generation' if is_generation else 'classification'}" if task == "custom" else task
+    custom = "custom_generation" if is_generation else "custom_classification"
+    name = f"bitdistill_{custom if task == 'custom' else task}"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are about its own command line
     rows = pq.read_table(examples).to_pylist()
-    config = load_yaml_config(str(TASK_FILES / f"{name}.yaml"), mode="full")
-    config.update(
-        task=f"{config['task']}_{split}",
-        test_split=split,
-        custom_dataset=lambda **_: {split: datasets.Dataset.from_list(rows)},
-    )
+    dataset = {split: datasets.Dataset.from_list(rows)}
+    # without the task files that lm-eval ships, which take many seconds to parse
+    manager = TaskManager(include_path=TASK_FILES, include_defaults=False)
+    config = {**load_yaml(manager.task_index[name].yaml_path), "test_split": split}
     results = simple_evaluate(
         model=_adapter(scorer, max_new_tokens, f"{task} {split}"),
-        tasks=[config],
-        task_manager=_empty_task_manager(),
+        tasks=[{**config, "custom_dataset": lambda **_: dataset}],
+        task_manager=manager,
         bootstrap_iters=0,
         log_samples=True,
-        verbosity="ERROR",
     )
-    values, samples = results["results"][config["task"]], results["samples"][config["task"]]
+    values, samples = results["results"][name], results["samples"][name]
     names = {"acc,none": "accuracy"}
     metrics = {
         names.get(key, key.removesuffix(",none")): float(value)
@@ -195,12 +196,6 @@ def _prediction(sample: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         "prediction": int(np.argmax(scores)),
         "scores": [round(score, 5) for score in scores],
     }
-
-
-def _empty_task_manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=False)  # parsing the shipped task files takes many seconds
 
 
 def _adapter(scorer: Scorer, max_new_tokens: int, name: str) -> Any:

@@ -5,12 +5,14 @@ finished; its manifest.json (configuration, digests of inputs and outputs, code 
 checkpoints live in `.work/` too and survive an interruption.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,25 +96,45 @@ def execute(
         "sources": {path.name: _digest_file(path) for path in sources},
     }
     fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
-    done = _finished(directory, fingerprint)
-    if done is not None:
-        return done
-    work_dir = _work_dir(work_root, fingerprint)
-    out_dir = work_dir / "out"
-    shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True)
-    started = time.time()
-    recorder = _Recorder(work_dir / METRICS_LOG, report)
-    metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
-    seconds = recorder.seconds_before + time.time() - started
-    recorder.copy_to(out_dir / METRICS_LOG)
-    (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
-    outputs = {str(p.relative_to(out_dir)): _digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
-    manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, "seconds": seconds, "started": started}
-    (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _replace_directory(out_dir, directory)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    with _locked(work_root):
+        done = _finished(directory, fingerprint)
+        if done is not None:
+            return done
+        work_dir = _work_dir(work_root, fingerprint)
+        out_dir = work_dir / "out"
+        shutil.rmtree(out_dir, ignore_errors=True)
+        out_dir.mkdir(parents=True)
+        started = time.time()
+        recorder = _Recorder(work_dir / METRICS_LOG, report)
+        metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
+        seconds = recorder.seconds_before + time.time() - started
+        recorder.copy_to(out_dir / METRICS_LOG)
+        (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+        outputs = {str(p.relative_to(out_dir)): _digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
+        manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, "seconds": seconds, "started": started}
+        (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _replace_directory(out_dir, directory)
+        shutil.rmtree(work_dir, ignore_errors=True)
     return Result(directory, metrics, was_up_to_date=False, seconds=seconds)
+
+
+@contextmanager
+def _locked(work_root: Path) -> Iterator[None]:
+    """Holds the stage for this process; the system frees it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process works on the same stage of the same run.
+    """
+    work_root.parent.mkdir(parents=True, exist_ok=True)
+    with work_root.with_name(f"{work_root.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is working on stage={work_root.name} of this run (path={work_root}); wait for it, or "
+                "give this run another name"
+            ) from None
+        yield
 
 
 class _Recorder:

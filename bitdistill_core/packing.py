@@ -25,9 +25,10 @@ gaps. The header is padded with spaces and `w_packed` tensors come first, so eve
 of a memory map. Metadata: format, format_version, config (JSON of engine.config.EngineConfig), config_sha256,
 checksums (JSON, tensor name to the SHA-256 of its bytes), created_by. Tensors, by Hugging Face's module names:
 
-    <linear>.w_packed uint8   <linear>.weight_scale fp32 ()   [<linear>.bias fp32 (N,)]  [<linear>.input_norm.weight fp32 (K,)]
+    <linear>.w_packed uint8, <linear>.weight_scale fp32 (), [<linear>.bias fp32 (N,)],
+    [<linear>.input_norm.weight fp32 (K,)]
     <embedding>.w_int8 int8 (V, D)   <embedding>.row_scale fp32 (V,)      lm_head too, unless it is tied
-    <norm>.weight fp32        tokenizer.json uint8: its bytes
+    <norm>.weight fp32        tokenizer.json, task.json uint8: their bytes (task.json: null, or the prompt and labels)
 """
 
 import hashlib
@@ -46,7 +47,7 @@ from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_laye
 
 FORMAT = "bitdistill"
 FORMAT_VERSION = "1"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
 PANEL_ROWS, LINE_K, LINE_BYTES = 16, 16, 64
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 
@@ -81,6 +82,12 @@ class PackedModel:
     tensors: dict[str, np.ndarray]
     created_by: str
 
+    @property
+    def task(self) -> dict[str, Any] | None:
+        """What the model was trained for: name, kind, prompt, label_words."""
+        task: dict[str, Any] | None = json.loads(self.tensors[TASK].tobytes())
+        return task
+
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int]:
     """Shape of `w_packed` for N = n rows of K = k columns."""
@@ -114,7 +121,7 @@ def unpack_ternary(w_packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.in
     planes = np.stack([line_rows >> 2 * plane & 3 for plane in range(4)], axis=3)  # panel, line, row, plane, j
     codes = planes.transpose(0, 2, 1, 3, 4).reshape(panels * PANEL_ROWS, lines * LINE_K)[:n, :k]
     if (codes == 3).any():
-        raise ValueError("w_packed holds code 3, which is no ternary weight; the bytes are corrupted; pack the model again")
+        raise ValueError("w_packed holds code 3, which is no ternary weight; the bytes are corrupted; pack it again")
     return codes.astype(np.int8) - 1
 
 
@@ -126,6 +133,7 @@ def write_student(
     embeddings: Mapping[str, Int8Rows],
     norms: Mapping[str, NDArray[np.float32]],
     tokenizer_json: bytes,
+    task: Mapping[str, Any] | None = None,
     created_by: str,
 ) -> None:
     """Writes the packed file at `path`, or leaves what was there: a crash never shows half a file.
@@ -135,6 +143,7 @@ def write_student(
         linears: by module name, `model.layers.0.self_attn.q_proj`.
         embeddings: `model.embed_tokens`, and `lm_head` unless it is tied.
         norms: weights by module name, `model.norm`, without SubLN (that is `TernaryLinear.input_norm`).
+        task: what the model was trained for: name, kind, prompt, label_words.
         created_by: who wrote it, with version: `bitdistill 0.1.0`.
     Raises:
         ValueError: a tensor missing, unexpected, of another shape than `config` says, or with NaN or infinity.
@@ -156,6 +165,7 @@ def write_student(
     for name, rows in embeddings.items():
         tensors[f"{name}.w_int8"] = np.ascontiguousarray(rows.w_int8)
     tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
+    tensors[TASK] = np.frombuffer(json.dumps(task).encode(), np.uint8)
     _check_tensors("the model", engine, tensors)
     for name, tensor in tensors.items():
         if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
@@ -264,12 +274,16 @@ def _expected_tensors(config: EngineConfig) -> dict[str, tuple[np.dtype, tuple[i
 
 def _check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
     expected = _expected_tensors(config)
-    missing = [name for name in (*expected, TOKENIZER) if name not in tensors]
+    missing = [name for name in (*expected, *BLOBS) if name not in tensors]
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors that its config calls for; first missing tensor={missing[0]}")
-    unexpected = [name for name in tensors if name not in expected and name != TOKENIZER]
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors that its config calls for; first missing tensor={missing[0]}"
+        )
+    unexpected = [name for name in tensors if name not in expected and name not in BLOBS]
     if unexpected:
-        raise ValueError(f"{source} has {len(unexpected)} tensors unknown to its config; first unexpected tensor={unexpected[0]}")
+        raise ValueError(
+            f"{source} has {len(unexpected)} tensors unknown to its config; first unexpected tensor={unexpected[0]}"
+        )
     for name, (dtype, shape) in expected.items():
         tensor = tensors[name]
         if tensor.dtype != dtype or tensor.shape != shape:
@@ -305,7 +319,7 @@ def _check_header(path: Path, header: dict[str, Any], metadata: dict[str, str]) 
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            is_sound = 0 <= begin and min(shape, default=0) >= 0 and end - begin == dtype.itemsize * math.prod(shape)
+            is_sound = begin >= 0 and min(shape, default=0) >= 0 and end - begin == dtype.itemsize * math.prod(shape)
         except (KeyError, TypeError, ValueError):
             is_sound = False
         if not is_sound:

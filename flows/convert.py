@@ -62,9 +62,7 @@ def convert(
         changes.append(f"data.data_root={json.dumps(data_root)}")
     params = load_params(params_file, profile=profile, overrides=changes, seed=seed)
     run_dir = runs_dir / run_name(profile, seed=seed, name=name)
-    recording = tracking.track_conversion(
-        run_dir, params, profile=profile, flow_run_id=flow_run.id, enabled=track
-    )
+    recording = tracking.track_conversion(run_dir, params, profile=profile, flow_run_id=flow_run.id, enabled=track)
     with recording as conversion:
         _run_stages(params, run_dir, conversion)
     versioning.commit(run_dir, params, params_file=params_file)

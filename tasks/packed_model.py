@@ -13,7 +13,7 @@ from bitdistill_core.engine.model import Engine
 from bitdistill_core.templates import Template
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
 
 MAX_NEW_TOKENS = 128
 

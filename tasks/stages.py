@@ -3,6 +3,7 @@
 Prefect's cache is off: the core's manifest decides what is up to date. No retries: training that fails must fail.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from tasks.tracking import Conversion, run_tracked
 from tasks.tracking import run_stage as run_stage  # for the command line
 
 Outcome = dict[str, Any]
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Drops the traceback of a ValueError, which is a user's error and says what to change."""
+    if record.exc_info and isinstance(record.exc_info[1], ValueError):
+        record.exc_info = None
+    return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_without_traceback)
 
 
 def _run(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:

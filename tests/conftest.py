@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 _HOME = tempfile.TemporaryDirectory(prefix="bitdistill-tests-")
@@ -84,7 +83,6 @@ def tiny_params(tiny_overrides: list[str]) -> Params:
 
 
 @pytest.fixture(autouse=True)
-def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run in an empty directory, so that default places (mlflow.db, runs/) are never the project's."""
     monkeypatch.chdir(tmp_path)
-    yield

@@ -250,9 +250,7 @@ def _rope(hf_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         full = {"rope_theta": hf_config.get("rope_theta", 1e6)} | (parameters.get(FULL) or {}) | scaling
         local = {"rope_theta": hf_config.get("rope_local_base_freq", 1e4)} | (parameters.get(SLIDING) or {})
         return {FULL: _rope_of_layer_type(full, hf_config), SLIDING: _rope_of_layer_type(local, hf_config)}
-    shared = _rope_of_layer_type(
-        {"rope_theta": hf_config.get("rope_theta", 1e4)} | (scaling or parameters), hf_config
-    )
+    shared = _rope_of_layer_type({"rope_theta": hf_config.get("rope_theta", 1e4)} | (scaling or parameters), hf_config)
     return {FULL: shared, SLIDING: shared}
 
 

@@ -31,7 +31,8 @@ def resolve_kernel(kernel: str | None) -> str:
     if kernel is None:
         return active_kernel()
     if kernel not in available_kernels():
-        raise ValueError(f"kernel must be one of {', '.join(available_kernels())} on this processor; got kernel={kernel}")
+        names = ", ".join(available_kernels())
+        raise ValueError(f"kernel must be one of {names} on this processor; got kernel={kernel}")
     return kernel
 
 
@@ -80,7 +81,8 @@ def ternary_matmul(
 
 def _check_array(name: str, array: np.ndarray, dtype: np.dtype, ndim: int) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
-        got = f"dtype={array.dtype} shape={array.shape}" if isinstance(array, np.ndarray) else f"type={type(array).__name__}"
+        is_array = isinstance(array, np.ndarray)
+        got = f"dtype={array.dtype} shape={array.shape}" if is_array else f"type={type(array).__name__}"
         raise ValueError(f"{name} must be a NumPy array of dtype {dtype} with {ndim} dimensions; got {got}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} must be C-contiguous; got strides={array.strides}; use np.ascontiguousarray")

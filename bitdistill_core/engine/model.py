@@ -84,15 +84,20 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        ignore_eos: bool = False,
     ) -> Iterator[int]:
-        """Up to `max_new_tokens` token ids after `ids`, as they are computed; ends before an end-of-text token."""
+        """Up to `max_new_tokens` token ids after `ids`, as they are computed; ends before an end-of-text token.
+
+        `ignore_eos` goes on after it, for timing.
+        """
         sampling = Sampling(temperature, top_k, top_p)
         tokens = self._checked(ids, "prompt")
         if max_new_tokens < 1:
             raise ValueError(f"generation needs max_new_tokens of at least 1; got max_new_tokens={max_new_tokens}")
         # The last new token is never fed back, so it needs no position.
         self._check_length(len(tokens) + max_new_tokens - 1, "prompt and new tokens")
-        return self._generate(tokens, max_new_tokens, sampling, np.random.default_rng(seed))
+        ends = [] if ignore_eos else self.config.eos_token_ids
+        return self._generate(tokens, max_new_tokens, sampling, np.random.default_rng(seed), ends)
 
     def generate(
         self,
@@ -109,9 +114,7 @@ class Engine:
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"stop must be a list of strings that are not empty; got stop={stop!r}")
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        new_ids = self.generate_ids(
-            ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
+        new_ids = self.generate_ids(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return until_stop(self.tokenizer.stream(ids, new_ids), stop)
 
     def info(self) -> dict[str, Any]:
@@ -163,13 +166,18 @@ class Engine:
         return scores
 
     def _generate(
-        self, tokens: NDArray[np.int64], max_new_tokens: int, sampling: Sampling, generator: np.random.Generator
+        self,
+        tokens: NDArray[np.int64],
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: np.random.Generator,
+        eos_token_ids: Sequence[int],
     ) -> Iterator[int]:
         cache = KeyValueCache(self.config, len(tokens) + max_new_tokens - 1)
         for _ in range(max_new_tokens):
             hidden = self._decoder.forward(tokens, cache)[-1:]
             token = choose_token(self._decoder.logits(hidden)[0], sampling, generator)
-            if token in self.config.eos_token_ids:
+            if token in eos_token_ids:
                 return
             yield token
             tokens = np.array([token], np.int64)
@@ -183,8 +191,8 @@ class Engine:
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             wrong = next(int(token) for token in tokens if not 0 <= token < self.config.vocab_size)
             raise ValueError(
-                f"token ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}; got token_id={wrong} in the "
-                f"{what}"
+                f"token ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}; got token_id={wrong} "
+                f"in the {what}"
             )
         self._check_length(len(tokens), what)
         return tokens.astype(np.int64)

@@ -13,8 +13,8 @@ class EngineTokenizer:
     def __init__(self, tokenizer_json: bytes) -> None:
         try:
             self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise ValueError(f"the packed model's tokenizer.json cannot be read: {error}; pack the model again") from None
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer.json of the packed model cannot be read: {error}; pack it again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 

@@ -14,7 +14,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: images/NAME.png and .svg, and the same SVG for the page."""
+    """A plot: images/NAME.png, and the same as SVG for the page."""
 
     name: str
     svg: str

@@ -35,14 +35,14 @@ def metric(name: str, value: float | None) -> str:
 
 def interval(low: float | None, high: float | None) -> str:
     """A 95% interval of a share; empty where there is none."""
-    return "" if low is None or high is None else f"95%: {100 * low:.1f} to {100 * high:.1f}"
+    return "" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def amount(value: float | None, unit: str) -> str:
-    """A measured amount with its unit: three digits below 1000, whole numbers above."""
+def amount(value: float | None) -> str:
+    """A measured amount: three digits below 1000, whole numbers above."""
     if value is None:
         return NOT_MEASURED
-    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def times(value: float) -> str:

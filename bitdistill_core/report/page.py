@@ -26,7 +26,7 @@ th, td { padding: 0.45rem 0.8rem; border-bottom: 1px solid var(--line); text-ali
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody th { font-weight: 500; }
-td small { display: block; color: var(--soft); white-space: nowrap; }
+td small { display: block; color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.5rem; }
 figure { margin: 1rem 0 0; max-width: 34rem; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -34,7 +34,9 @@ figcaption { margin-top: 0.25rem; }
 details { border-bottom: 1px solid var(--line); padding: 0.4rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; padding: 0.8rem; background: var(--tint); font-size: 0.85rem; }
-@media (max-width: 30rem) { th, td { padding: 0.4rem 0.35rem; } table { font-size: 0.82rem; } }
+tbody th { overflow-wrap: anywhere; min-width: 5.5rem; }
+@media (min-width: 40rem) { td small { white-space: nowrap; } }
+@media (max-width: 40rem) { th, td { padding: 0.4rem 0.3rem; } table { font-size: 0.82rem; } }
 """
 
 

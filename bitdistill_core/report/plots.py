@@ -1,6 +1,6 @@
 """The report's plots. Each is a small panel, so that a page can set them side by side or below each other.
 
-Colours are Okabe-Ito's; INK stands for the colour of the text and becomes it inside the page.
+Colours are Okabe-Ito's; inside the page INK becomes the colour of the text and BLUE that of marks.
 """
 
 import io
@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "path",
     "text.color": INK,
+    "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
     "xtick.color": INK,
@@ -43,7 +44,10 @@ STYLE: dict[Any, Any] = {
 
 
 class Canvas:
-    """Draws one panel and saves it three ways: PNG and SVG files on white, SVG text for the page."""
+    """Draws one panel twice: a PNG file on white, and SVG text for the page.
+
+    No SVG file: `dvc plots show` puts every image of the directory on its page, and would show each plot twice.
+    """
 
     def __init__(self, images: Path) -> None:
         self.images = images
@@ -59,7 +63,6 @@ class Canvas:
             axes = plot.add_subplot()
             yield axes, out
             plot.savefig(self.images / f"{name}.png", dpi=160, facecolor="white", metadata={"Software": None})
-            plot.savefig(self.images / f"{name}.svg", facecolor="white", metadata={"Date": None})
             text = io.StringIO()
             plot.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         out["svg"] = _inline(text.getvalue(), name)
@@ -111,7 +114,8 @@ def loss_figure(canvas: Canvas, stage: str, parts: Mapping[str, Curve], factor: 
     name = f"loss-{stage.replace('_', '-')}"
     with canvas.panel(name) as (axes, out):
         for part, curve in shown.items():
-            _curve(axes, curve, PART_COLOURS[part], PART_LABELS[part], factor)
+            width = 3.5 if part == "loss" and len(shown) > 1 else 1.8  # one part may make up nearly all of the total
+            _curve(axes, curve, PART_COLOURS[part], PART_LABELS[part], factor, width)
         _step_axes(axes, shown, f"{stage} loss")
         if len(shown) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
@@ -184,13 +188,13 @@ def _method_axis(axes: Axes, split: str, label: str) -> None:
     _grid(axes, "x")
 
 
-def _curve(axes: Axes, curve: Curve, colour: str, label: str, factor: float) -> None:
+def _curve(axes: Axes, curve: Curve, colour: str, label: str, factor: float, width: float) -> None:
     steps, values = zip(*curve, strict=True)
     if len(steps) == 1:
         axes.plot(steps, values, "o", color=colour, label=label)
         return
     axes.plot(steps, values, color=colour, linewidth=1, alpha=0.3)
-    axes.plot(steps, smoothed(values, factor), color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, smoothed(values, factor), color=colour, linewidth=width, label=label)
 
 
 def _step_axes(axes: Axes, curves: Mapping[str, Curve], label: str) -> None:
@@ -217,11 +221,11 @@ def _grid(axes: Axes, axis: Any) -> None:
 
 
 def _inline(svg: str, name: str) -> str:
-    """SVG for an HTML page: no prologue, metadata or name spaces, ids unique in the page, ink in the text's colour."""
+    """SVG for an HTML page: no prologue, metadata or name spaces, unique ids, ink in the text's colour."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="([^"]*)"', head)
     assert box is not None
-    body = body.replace("xlink:href", "href").replace(INK, "currentColor")
+    body = body.replace("xlink:href", "href").replace(INK, "currentColor").replace(BLUE, "var(--mark)")
     body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", body)
     return f'<svg viewBox="{box[1]}" role="img">{body.strip()}'

@@ -18,45 +18,51 @@ from bitdistill_core.report.formatting import (
 from bitdistill_core.report.gather import METHODS, PACKED, Run
 from bitdistill_core.report.weights import WeightSummary
 
-# key of a benchmark row, its label, unit
-MEASUREMENTS = (
-    ("file_mib", "File", "MiB"),
-    ("peak_rss_mib", "Peak memory of the process", "MiB"),
-    ("added_rss_mib", "Memory added by the model", "MiB"),
-    ("prefill_tokens_per_second", "Prefill", "tokens/s"),
-    ("decode_tokens_per_second", "Decode", "tokens/s"),
-    ("ttft_ms", "Time to first token", "ms"),
-)
+# key of a benchmark row and its label
+MEASUREMENTS = {
+    "file_mib": "File, MiB",
+    "peak_rss_mib": "Peak memory, MiB",
+    "added_rss_mib": "Memory added by the model, MiB",
+    "prefill_tokens_per_second": "Prefill, tokens/s",
+    "decode_tokens_per_second": "Decode, tokens/s",
+    "ttft_ms": "First token, ms",
+}
 
 
 def headline_table(run: Run, results: Mapping[str, Any]) -> Table:
     """Methods as columns, so that it fits a phone. Second lines hold intervals and ratios to FP16-SFT."""
     rows = [[_metric_label(name), *(_score(row, name) for row in results["rows"])] for name in run.metric_names]
-    for name in run.metric_names:
-        packed = {method: run.evaluations[PACKED[method]].splits[run.headline] for method in PACKED}
-        cells = [_score({**packed[method], **packed[method]["metrics"]}, name) for method in PACKED]
-        rows.append([f"{_metric_label(name)}, packed", "-", *cells])
+    packed = [run.evaluations[method].splits[run.headline] for method in PACKED.values()]
+    if run.is_generation:
+        for row, name in zip(rows, run.metric_names, strict=True):
+            row[2:] = [f"{cell}\npacked {p['metrics'][name]:.2f}" for cell, p in zip(row[2:], packed, strict=True)]
+    else:
+        rows.append(["Accuracy, packed", "", *(_score({**p, **p["metrics"]}, "accuracy") for p in packed)])
     if results["paired"]:
         differences = [results["paired"][key] for key in ("bitdistill_vs_fp16_sft", "bitdistill_vs_bitnet_sft")]
-        rows.append(["BitDistill minus this one, points", *(_difference(item) for item in differences), "-"])
+        rows.append(["BitDistill's difference, points", *(_difference(item) for item in differences), ""])
     measured = [run.benchmark_row(method) for method in METHODS]
-    for key, label, unit in MEASUREMENTS:
+    for key, label in MEASUREMENTS.items():
         if any(key in row for row in measured) or key in results["rows"][0]:
-            rows.append([label, *_with_ratios([row.get(key) for row in measured], unit)])
+            rows.append([label, *_with_ratios([row.get(key) for row in measured])])
     rows.append(["Engine", *(str(row.get("engine", "not measured")) for row in measured)])
-    caption = f"Split {run.headline}, {results['rows'][0]['num_examples']:,} examples. Small print: 95% intervals and "
-    return Table(["", *(METHOD_LABELS[m] for m in METHODS)], rows, caption + "ratios to FP16-SFT.")
+    small = "the packed model, and ratios to FP16-SFT" if run.is_generation else "95% intervals, and ratios to FP16-SFT"
+    caption = f"Split {run.headline}, {results['rows'][0]['num_examples']:,} examples. Small print: {small}."
+    return Table(["", *(METHOD_LABELS[m] for m in METHODS)], rows, caption)
 
 
 def splits_table(run: Run) -> Table:
     """Every method on every split."""
+    shown = [(split, name) for split in run.evaluations["fp16_sft"].split_order for name in run.metric_names]
     rows = []
-    for split in run.evaluations["fp16_sft"].split_order:
-        for name in run.metric_names:
-            numbers = [evaluation.splits[split] for evaluation in run.evaluations.values()]
-            cells = [_score({**item, **item["metrics"]}, name) for item in numbers]
-            rows.append([split, _metric_label(name), f"{numbers[0]['num_examples']:,}", *cells])
-    return Table(["Split", "Metric", "Examples", *(METHOD_LABELS[m] for m in run.evaluations)], rows)
+    for method, evaluation in run.evaluations.items():
+        numbers = {split: {**evaluation.splits[split], **evaluation.splits[split]["metrics"]} for split, _ in shown}
+        rows.append([METHOD_LABELS[method], *(_score(numbers[split], name) for split, name in shown)])
+    examples = {split: numbers["num_examples"] for split, numbers in run.evaluations["fp16_sft"].splits.items()}
+    counts = ", ".join(f"{split} {examples[split]:,}" for split in dict.fromkeys(split for split, _ in shown))
+    columns = [split if name == "accuracy" else f"{split} {name}" for split, name in shown]
+    small = "" if run.is_generation else " Small print: 95% intervals."
+    return Table(["", *columns], rows, f"Examples: {counts}.{small}")
 
 
 def paired_table(results: Mapping[str, Any]) -> Table:
@@ -64,14 +70,14 @@ def paired_table(results: Mapping[str, Any]) -> Table:
     rows = [
         [
             f"{METHOD_LABELS[item['first']]} vs {METHOD_LABELS[item['second']]}",
-            f"{points(item['difference'])}\n95%: {points(item['ci_low'])} to {points(item['ci_high'])}",
+            _difference(item),
             f"{item['only_first_correct']:,}",
             f"{item['only_second_correct']:,}",
             p_value(item["mcnemar_p"]),
         ]
         for item in results["paired"].values()
     ]
-    return Table(["", "Difference, points", "Only first right", "Only second right", "McNemar, exact"], rows)
+    return Table(["", "Difference, points", "Only first right", "Only second right", "McNemar"], rows)
 
 
 def agreement_table(run: Run, results: Mapping[str, Any]) -> Table:
@@ -148,13 +154,13 @@ def _score(numbers: Mapping[str, Any], name: str) -> str:
 
 
 def _difference(paired: Mapping[str, Any]) -> str:
-    return f"{points(paired['difference'])}\n95%: {points(paired['ci_low'])} to {points(paired['ci_high'])}"
+    return f"{points(paired['difference'])}\n{points(paired['ci_low'])} to {points(paired['ci_high'])}"
 
 
-def _with_ratios(values: list[float | None], unit: str) -> list[str]:
+def _with_ratios(values: list[float | None]) -> list[str]:
     """Amounts, and below each its ratio to the first."""
     first = values[0]
-    cells = [amount(value, unit) for value in values]
+    cells = [amount(value) for value in values]
     for index, value in enumerate(values):
         if index and value is not None and first:
             cells[index] += f"\n{times(value / first)}"

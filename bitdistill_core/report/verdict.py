@@ -39,16 +39,16 @@ def _accuracy_verdict(results: Mapping[str, Any]) -> str:
 
 def _comparison(paired: Mapping[str, Any]) -> str:
     """Words for a difference. An interval that holds zero is said not to tell the two apart."""
-    difference = paired["difference"]
-    size = f"{abs(100 * difference):.1f} points {'below' if difference < 0 else 'above'}"
     if paired["ci_low"] <= 0 <= paired["ci_high"]:
-        return f"not distinguishable from ({size})" if difference else "not distinguishable from (no difference)"
-    return size
+        return "not distinguishable from"
+    return f"{abs(100 * paired['difference']):.1f} points {'below' if paired['difference'] < 0 else 'above'}"
 
 
 def _evidence(paired: Mapping[str, Any]) -> str:
     low, high = points(paired["ci_low"]), points(paired["ci_high"])
-    return f"(95% interval {low} to {high}, {p_value(paired['mcnemar_p'])})"
+    is_unclear = paired["ci_low"] <= 0 <= paired["ci_high"]
+    difference = f"difference {points(paired['difference'])}, " if is_unclear else ""
+    return f"({difference}95% interval {low} to {high}, McNemar {p_value(paired['mcnemar_p'])})"
 
 
 def _generation_verdict(results: Mapping[str, Any]) -> str:

@@ -36,8 +36,8 @@ def write_report(
         loss_smoothing=loss_smoothing,
         images=out_dir / "images",
     )
-    (out_dir / "index.html").write_text(render_page(document))
-    (out_dir / "report.md").write_text(render_markdown(document))
+    (out_dir / "index.html").write_text(render_page(document), encoding="utf-8")
+    (out_dir / "report.md").write_text(render_markdown(document), encoding="utf-8")
     return flat_metrics(results)
 
 

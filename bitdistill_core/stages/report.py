@@ -1,6 +1,6 @@
 """Stage `report`: the numbers of a finished conversion as one HTML page, Markdown, JSON and plots.
 
-Writes index.html, report.md, results.json, images/*.png and *.svg, and plots/losses.csv.
+Writes index.html, report.md, results.json, images/*.png and plots/losses.csv.
 """
 
 from dataclasses import asdict, dataclass

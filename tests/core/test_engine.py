@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitdistill_core.engine.config import EngineConfig, engine_config
 from bitdistill_core.engine.decoder import KeyValueCache
@@ -71,6 +71,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     | {"sliding_window_pattern": 2, "rope_parameters": GEMMA_ROPE, "final_logit_softcapping": 3.0},
 }
 EPS = 1e-6
+TOLERANCE = 1e-5  # of the largest logit: fp32, in another order of summation
 
 
 class ReferenceBitLinear(nn.Module):
@@ -87,7 +88,9 @@ class ReferenceBitLinear(nn.Module):
         if self.input_norm is not None:
             x = self.input_norm * (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt())
         absmax = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        x_int8 = (x * (127 / absmax)).round().clamp(-128, 127)
+        scaled = x * (127 / absmax)
+        self.nearest_tie = float((scaled - scaled.floor() - 0.5).abs().min())
+        x_int8 = scaled.round().clamp(-128, 127)
         y = x_int8 @ self.w_ternary.T * (absmax / 127 * self.weight_scale)
         return y if self.bias is None else y + self.bias
 
@@ -109,7 +112,7 @@ def quantize_rows(weight: torch.Tensor) -> Int8Rows:
 
 
 @torch.no_grad()
-def reference_student(name: str, subln: str) -> tuple[nn.Module, dict[str, Any]]:
+def reference_student(name: str, subln: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A random transformers model with reference BitLinears, and the dictionary of its config.json."""
     torch.manual_seed(7)
     options = COMMON | ARCHITECTURES[name]
@@ -121,7 +124,7 @@ def reference_student(name: str, subln: str) -> tuple[nn.Module, dict[str, Any]]
         elif "_proj" in parameter_name:
             parameter.copy_(0.25 * torch.randn_like(parameter))  # attention spread over several tokens
         else:
-            parameter.copy_(0.1 * torch.randn_like(parameter))  # layers, not the tied embedding, decide the output
+            parameter.copy_(0.03 * torch.randn_like(parameter))  # layers, not a tied embedding, decide the output
     for module_name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = module_name.rpartition(".")
@@ -131,7 +134,7 @@ def reference_student(name: str, subln: str) -> tuple[nn.Module, dict[str, Any]]
 
 
 @torch.no_grad()
-def write_reference(path: Path, name: str, subln: str = "output", *, with_eos: bool = False) -> nn.Module:
+def write_reference(path: Path, name: str, subln: str = "output", *, with_eos: bool = False) -> PreTrainedModel:
     """Packs a reference student at `path`; the returned model has the file's rounded embeddings."""
     model, hf_config = reference_student(name, subln)
     linears, norms, embeddings = {}, {}, {}
@@ -139,12 +142,13 @@ def write_reference(path: Path, name: str, subln: str = "output", *, with_eos: b
         if isinstance(module, ReferenceBitLinear):
             bias = None if module.bias is None else module.bias.numpy()
             gain = None if module.input_norm is None else module.input_norm.numpy()
-            linears[module_name] = TernaryLinear(module.w_ternary.to(torch.int8).numpy(), float(module.weight_scale), bias, gain)
+            w_ternary = module.w_ternary.to(torch.int8).numpy()
+            linears[module_name] = TernaryLinear(w_ternary, float(module.weight_scale), bias, gain)
         elif module_name.endswith("norm"):
             norms[module_name] = module.weight.numpy()
     for module_name in ("model.embed_tokens", "lm_head"):
         if module_name == "model.embed_tokens" or not model.config.tie_word_embeddings:
-            weight = model.get_submodule(module_name).weight
+            weight = model.get_parameter(f"{module_name}.weight")
             embeddings[module_name] = rows = quantize_rows(weight)
             weight.copy_(torch.from_numpy(rows.w_int8.astype(np.float32) * rows.row_scale[:, None]))
     write_student(
@@ -169,26 +173,20 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def random_prompt(seed: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, 15)]
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, 12)]
 
 
 def prompt_without_ties(model: nn.Module) -> list[int]:
-    """A prompt whose reference logits are stable.
+    """A prompt for which the reference rounds no activation within 1e-4 of a tie.
 
-    INT8 rounding is a step: an activation within float error of a tie may round either way, and one such step moves
-    logits by more than 1e-3. So a prompt counts only if the reference itself withstands embeddings off by 1e-6.
+    INT8 rounding is a step: a value within float error of a tie may round either way, and one step moves logits by
+    more than the tolerance. Away from ties engine and reference agree to the last bits.
     """
-    embedding = model.get_submodule("model.embed_tokens").weight
-    noise = 1 + 1e-6 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
-    for seed in range(60):
+    references = [module for module in model.modules() if isinstance(module, ReferenceBitLinear)]
+    for seed in range(1000):
         prompt = random_prompt(seed)
-        expected = reference_logits(model, prompt)
-        kept = embedding.detach().clone()
-        with torch.no_grad():
-            embedding.mul_(noise)
-            moved = reference_logits(model, prompt)
-            embedding.copy_(kept)
-        if relative_error(moved, expected) < 1e-4:
+        reference_logits(model, prompt)
+        if min(module.nearest_tie for module in references) > 1e-4:
             return prompt
     raise AssertionError("every prompt has an activation near a tie")
 
@@ -214,7 +212,7 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, name: str, 
     model = write_reference(tmp_path / "m", name, subln)
     engine = Engine.load(tmp_path / "m", num_threads=1)
     prompt = prompt_without_ties(model)
-    assert relative_error(engine.logits(prompt), reference_logits(model, prompt)) < 1e-3
+    assert relative_error(engine.logits(prompt), reference_logits(model, prompt)) < TOLERANCE
     expected = list(prompt)
     for _ in range(32):
         expected.append(int(reference_logits(model, expected)[-1].argmax()))
@@ -224,7 +222,7 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, name: str, 
 def test_without_subln_the_logits_equal_transformers(tmp_path: Path) -> None:
     model = write_reference(tmp_path / "m", "qwen3", "none")
     prompt = prompt_without_ties(model)
-    assert relative_error(Engine.load(tmp_path / "m").logits(prompt), reference_logits(model, prompt)) < 1e-3
+    assert relative_error(Engine.load(tmp_path / "m").logits(prompt), reference_logits(model, prompt)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral_sliding", "gemma3"])
@@ -234,15 +232,15 @@ def test_token_by_token_with_the_cache_equals_all_at_once(tmp_path: Path, name: 
     decoder = engine._decoder
     cache = KeyValueCache(engine.config, len(prompt))
     rows = [decoder.logits(decoder.forward(np.array([token]), cache)) for token in prompt]
-    assert relative_error(np.concatenate(rows), engine.logits(prompt)) < 1e-3
+    assert relative_error(np.concatenate(rows), engine.logits(prompt)) < TOLERANCE
 
 
-def test_prompts_longer_than_an_attention_block_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_longer_than_an_attention_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitdistill_core.engine.layers.ATTENTION_BLOCK", 4)
     for name in ("qwen3", "gemma3"):
         model = write_reference(tmp_path / name, name)
         prompt = prompt_without_ties(model)
-        assert relative_error(Engine.load(tmp_path / name).logits(prompt), reference_logits(model, prompt)) < 1e-3
+        assert relative_error(Engine.load(tmp_path / name).logits(prompt), reference_logits(model, prompt)) < TOLERANCE
 
 
 def test_every_kernel_and_thread_count_gives_the_same_bits(tmp_path: Path) -> None:
@@ -266,7 +264,7 @@ def test_score_is_the_log_probability_of_the_labels_tokens(qwen3: tuple[Engine, 
             log_probabilities = torch.tensor(reference_logits(model, context + continuation)).log_softmax(-1)
             positions = range(len(context) - 1, len(context) + len(continuation) - 1)
             expected = sum(float(log_probabilities[p, t]) for p, t in zip(positions, continuation, strict=True))
-            assert scores[row, column] == pytest.approx(expected, rel=1e-3)
+            assert scores[row, column] == pytest.approx(expected, rel=1e-4)
 
 
 def test_score_does_not_depend_on_the_other_prompts(qwen3: tuple[Engine, nn.Module]) -> None:
@@ -283,8 +281,9 @@ def test_score_ids_reports_whether_greedy_decoding_gives_the_continuation(qwen3:
     (first, is_greedy), (second, other_is_greedy), (third, _) = engine.score_ids(
         [(PROMPT, greedy), (PROMPT, other), (PROMPT[:5], greedy)]
     )
-    assert is_greedy and not other_is_greedy
-    assert second < first < 0 and third != first
+    assert (is_greedy, other_is_greedy) == (True, False)
+    assert second < first < 0
+    assert third != first
 
 
 def test_sampling_repeats_with_its_seed_and_is_greedy_in_the_limits(qwen3: tuple[Engine, nn.Module]) -> None:
@@ -350,7 +349,8 @@ def test_info_counts_what_is_in_the_file(qwen3: tuple[Engine, nn.Module]) -> Non
     assert info["num_ternary_parameters"] == sum(module.w_ternary.numel() for module in references)
     dense = sum(parameter.numel() for parameter in model.parameters())
     assert info["num_parameters"] == info["num_ternary_parameters"] + dense
-    assert info["bytes"]["embedding"] == VOCAB_SIZE * (48 + 4) and info["bytes"]["lm_head"] == 0
+    assert info["bytes"]["embedding"] == VOCAB_SIZE * (48 + 4)
+    assert info["bytes"]["lm_head"] == 0
     assert sum(info["bytes"].values()) < info["file_bytes"]
     assert (info["model_type"], info["num_layers"], info["num_threads"]) == ("qwen3", 3, 1)
     assert info["kernel"] == available_kernels()[0]
@@ -378,7 +378,7 @@ def test_clear_errors_for_input_the_engine_cannot_run(qwen3: tuple[Engine, nn.Mo
         engine.logits([0.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="must fit max_position_embeddings=96; got num_tokens=97"):
         engine.logits([1] * 97)
-    with pytest.raises(ValueError, match="prompt and new tokens must fit max_position_embeddings=96; got num_tokens=97"):
+    with pytest.raises(ValueError, match="prompt and new tokens must fit max_position_embeddings=96"):
         engine.generate("x" * 90, 7)
     with pytest.raises(ValueError, match="prompt and continuation must fit"):
         engine.score(["x" * 94], ["abc"])
@@ -402,6 +402,7 @@ def test_engine_config_reads_a_saved_config_json(tmp_path: Path, name: str) -> N
     surgery = {"bitdistill": {"subln": "all", "sub_norm_eps": 1e-5}}
     from_file = engine_config(saved | surgery)
     assert from_file == engine_config(config.to_dict() | surgery)
+    assert from_file == engine_config(COMMON | ARCHITECTURES[name] | surgery)  # absent keys: transformers' defaults
     assert EngineConfig.from_dict(json.loads(json.dumps(from_file))).to_dict() == from_file
 
 
@@ -425,7 +426,7 @@ def test_engine_config_refuses_what_the_engine_does_not_compute() -> None:
     gemma = COMMON | GEMMA | surgery
     refused: list[tuple[dict[str, Any], str]] = [
         (base | {"model_type": "gpt2"}, "supports model_type qwen3, .*gemma3_text; got model_type=gpt2"),
-        (base | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "supports rope_type default, linear, llama3"),
+        (base | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "supports rope_type default, linear, ll"),
         (base | {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
         (base | {"partial_rotary_factor": 0.5}, "rotates whole heads"),
         (base | {"hidden_act": "relu"}, "supports activations silu, gelu_pytorch_tanh; got hidden_act=relu"),
@@ -439,10 +440,10 @@ def test_engine_config_refuses_what_the_engine_does_not_compute() -> None:
     for config, message in refused:
         with pytest.raises(ValueError, match=message):
             engine_config(config)
+    incomplete = engine_config(base) | {"extra": 1}
+    del incomplete["vocab_size"]
     with pytest.raises(ValueError, match=r"missing=\['vocab_size'\] unknown=\['extra'\]"):
-        complete = engine_config(base)
-        del complete["vocab_size"]
-        EngineConfig.from_dict(complete | {"extra": 1})
+        EngineConfig.from_dict(incomplete)
 
 
 def test_the_engine_imports_without_torch_and_transformers() -> None:

@@ -139,3 +139,13 @@ def test_an_unfinished_input_is_one_clear_error(tmp_path: Path) -> None:
         execute(
             "next", Stage(), Config(value=0), Inputs(tmp_path / "none"), directory=tmp_path / "n", work_root=tmp_path / "w"
         )
+
+
+def test_two_processes_never_work_on_one_stage(tmp_path: Path) -> None:
+    class Nested(Stage):
+        def __call__(self, *arguments: object, **options: object) -> Metrics:  # type: ignore[override]
+            with pytest.raises(ValueError, match="another process is working on stage=work of this run"):
+                run(Stage(), tmp_path)
+            return super().__call__(*arguments, **options)  # type: ignore[arg-type]
+
+    assert run(Nested(), tmp_path).metrics == {"stage/value": 1.0}

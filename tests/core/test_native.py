@@ -130,7 +130,7 @@ def test_rejects_arguments_the_kernel_would_misread() -> None:
         kernels.ternary_matmul(x, packed, 16)
     with pytest.raises(ValueError, match="lines of 64 bytes"):
         kernels.ternary_matmul(x, np.zeros((2, 2, 32), np.uint8), 17)
-    with pytest.raises(ValueError, match="kernel must be one of .*scalar.* on this processor; got kernel=neon9"):
+    with pytest.raises(ValueError, match=r"kernel must be one of .*scalar.* on this processor; got kernel=neon9"):
         kernels.ternary_matmul(x, packed, 17, kernel="neon9")
     with pytest.raises(ValueError, match="exact for K up to"):
         kernels.ternary_matmul(np.zeros((1, 2**22 + 16), np.int8), np.zeros((1, 2**18 + 1, 64), np.uint8), 1)

@@ -1,0 +1,118 @@
+"""Models save and reload exactly; what cannot be loaded is one clear error."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from bitdistill_core import checkpoint
+from bitdistill_core.stages import training
+from bitdistill_core.surgery import operate
+from tests.core.conftest import build
+from tests.core.test_data import corpus  # noqa: F401  (a fixture)
+from tests.core.test_data import train_tokenizer
+
+IDS = torch.tensor([[3, 14, 15, 92]])
+
+
+@pytest.fixture
+def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:  # noqa: F811
+    """A small BPE tokenizer."""
+    return train_tokenizer(corpus, vocab_size=300)
+
+
+def make_student(model: PreTrainedModel, subln: str = "all") -> PreTrainedModel:
+    """A student whose SubLN gains have been learned."""
+    record = {"subln": subln, "sub_norm_eps": 1e-6, "skip_modules": []}
+    operate(model, **record)
+    model.config.bitdistill = record
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("input_norm.weight"):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return model
+
+
+@pytest.mark.parametrize("subln", ["none", "output", "all"])
+def test_a_student_reloads_exactly(
+    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, subln: str
+) -> None:
+    student = make_student(any_model, subln)
+    checkpoint.save_model(student, tokenizer, tmp_path)
+    loaded, loaded_tokenizer = checkpoint.load_model(tmp_path)
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    with torch.no_grad():
+        assert torch.equal(student(IDS).logits, loaded(IDS).logits)
+
+
+def test_a_dense_model_reloads_exactly(
+    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    checkpoint.save_model(any_model, tokenizer, tmp_path)
+    loaded, _ = checkpoint.load_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(any_model(IDS).logits, loaded(IDS).logits)
+    assert checkpoint.surgery_record(loaded.config) is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected"])
+def test_a_lost_norm_gain_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str) -> None:
+    checkpoint.save_model(make_student(build("qwen3")), tokenizer, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.input_norm.weight"
+    if damage == "missing":
+        del state[name]
+    else:
+        state["model.layers.0.extra.weight"] = torch.zeros(1)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit its config.json: .*(input_norm|extra)"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_truncated_checkpoint_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    checkpoint.save_model(build("qwen3"), tokenizer, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"unreadable checkpoint path=.*model\.safetensors"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs config\.json; not found"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"is no model directory: no config\.json"):
+        checkpoint.load_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="no GGUF file at base.checkpoint="):
+        checkpoint.load_pretrained(str(tmp_path / "none.gguf"))
+    with pytest.raises(ValueError, match="Python package that holds module=no_such_package; pip install it"):
+        checkpoint.load_pretrained("package:no_such_package/x.gguf")
+
+
+def test_an_unsupported_architecture_is_refused_before_its_weights_load(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="unsupported architecture model_type=gpt2; supported are qwen3"):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+def test_a_hugging_face_directory_loads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = checkpoint.load_pretrained(str(tmp_path))
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, loaded(IDS).logits, atol=1e-6)
+    shutil.rmtree(tmp_path)
+
+
+def test_rounded_embeddings_stay_tied_and_close() -> None:
+    model = build("qwen3")
+    before = model.get_input_embeddings().weight.detach().clone()
+    training.round_embeddings(model)
+    after = model.get_input_embeddings().weight
+    assert after is model.get_output_embeddings().weight
+    step = before.abs().amax(dim=1, keepdim=True) / 127
+    assert ((after - before).abs() <= 0.5001 * step).all()

@@ -1,0 +1,116 @@
+"""Evaluation through lm-eval against scores computed by hand."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bitdistill_core.evaluate import Request, TorchScorer, evaluate_split, wilson_interval
+from bitdistill_core.stages.base import train_tokenizer
+from tests.core.conftest import build
+from tests.core.test_data import corpus  # noqa: F401  (a fixture)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_scores_are_log_probabilities_of_answers(model_type: str) -> None:
+    model = build(model_type)
+    scorer = TorchScorer(model, None, batch_size=3, device=torch.device("cpu"))  # type: ignore[arg-type]
+    requests: list[Request] = [([5, 6, 7], [8]), ([5, 6, 7], [9, 10]), ([11], [12]), ([5, 6, 7], [9, 13])]
+    scores = dict(scorer.score(requests))
+    for index, (prompt, answer) in enumerate(requests):
+        with torch.no_grad():
+            log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        expected = sum(float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+        assert scores[index] == pytest.approx(expected, abs=1e-4)
+
+
+class Oracle:
+    """A scorer that knows its answers by their text."""
+
+    def __init__(self, good: set[tuple[str, str]], text: str = "") -> None:
+        self.good, self.text = good, text
+        self.seen: dict[tuple[int, ...], str] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        ids = list(text.encode())
+        self.seen[tuple(ids)] = text
+        return ids
+
+    encode_prompt = encode_answer = _encode
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        for index, (prompt, answer) in enumerate(requests):
+            yield index, 0.0 if (self.seen[tuple(prompt)], self.seen[tuple(answer)]) in self.good else -1.0
+
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        return self.text
+
+
+def write_rows(path: Path, labels: list[int]) -> Path:
+    rows = {
+        "prompt": [f"p{i}" for i in range(len(labels))],
+        "answer": [" no", " yes"] * (len(labels) // 2),
+        "choices": [[" no", " yes"]] * len(labels),
+        "label": labels,
+        "reference": ["the cat sat.\nit slept."] * len(labels),
+    }
+    pq.write_table(pa.table(rows), path)
+    return path
+
+
+def test_accuracy_and_predictions_per_example(tmp_path: Path) -> None:
+    examples = write_rows(tmp_path / "test.parquet", [0, 1, 1, 0])
+    oracle = Oracle({("p0", " no"), ("p1", " yes"), ("p2", " no"), ("p3", " no")})
+    result = evaluate_split(
+        oracle, task="sst2", is_generation=False, examples=examples, split="test", max_new_tokens=4
+    )
+    assert result.metrics == {"accuracy": 0.75}
+    assert [p["prediction"] for p in result.predictions] == [0, 1, 0, 0]
+    assert [p["label"] for p in result.predictions] == [0, 1, 1, 0]
+    assert result.predictions[0]["scores"] == [0.0, -1.0]
+
+
+@pytest.mark.parametrize("task", ["mnli", "qnli", "review_sentiment", "custom"])
+def test_every_classification_task_file_loads(tmp_path: Path, task: str) -> None:
+    examples = write_rows(tmp_path / "test.parquet", [0, 1])
+    result = evaluate_split(
+        Oracle({("p0", " no"), ("p1", " yes")}),
+        task=task,
+        is_generation=False,
+        examples=examples,
+        split="test",
+        max_new_tokens=4,
+    )
+    assert result.metrics == {"accuracy": 1.0}
+
+
+def test_summaries_get_rouge_and_bleu(tmp_path: Path) -> None:
+    examples = write_rows(tmp_path / "test.parquet", [-1, -1])
+    run = {"task": "cnn_dailymail", "is_generation": True, "examples": examples, "split": "test", "max_new_tokens": 4}
+    same = evaluate_split(Oracle(set(), "the cat sat.\nit slept."), **run)  # type: ignore[arg-type]
+    assert same.metrics == pytest.approx(
+        {"rouge1": 100, "rouge2": 100, "rougeL": 100, "rougeLsum": 100, "bleu": 100}, abs=1e-6
+    )
+    half = evaluate_split(Oracle(set(), "the cat"), **run)  # type: ignore[arg-type]
+    assert half.metrics["rouge1"] == pytest.approx(100 * 2 * (2 / 2) * (2 / 5) / (1 + 2 / 5))
+    assert half.predictions[1]["reference"].startswith("the cat sat")
+
+
+def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa: F811
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    model = build("qwen3", vocab_size=len(tokenizer), eos_token_id=None)
+    scorer = TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu"))
+    ids = scorer.encode_prompt("the cat")
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert scorer.generate("the cat", 3) == tokenizer.decode(ids[-3:], skip_special_tokens=True)
+
+
+def test_wilson_interval_against_a_published_example() -> None:
+    # Newcombe 1998, table I: 81 of 263
+    low, high = wilson_interval(81 / 263, 263)
+    assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
