@@ -1,7 +1,10 @@
-"""Where rows come from: a parquet file with a `split` column, a directory of SPLIT*.parquet, or the hub.
+"""Where rows come from: one file with a `split` column, a directory of SPLIT files, or the hub.
 
-Parquet needs pyarrow only; the hub needs `datasets`, imported when it is used.
+Files are parquet, JSON lines or CSV. The hub needs `datasets`, imported when it is used.
 """
+
+import csv
+import json
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Source = Path | str  # a local file or directory, or a hub id
+ENDINGS = (".parquet", ".jsonl", ".csv")
 
 
 def locate(name: str, config: str | None, data_root: str | None) -> Source:
     """The local path of a data set, or its hub id where it has none.
 
-    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below:
+    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below, as files:
     DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME, where hub ids like nyu-mll/glue have BASENAME glue.
 
     Raises:
@@ -25,30 +29,30 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
     if data_root is None:
         if Path(name).exists():
             return Path(name)
-        if name.endswith(".parquet") or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise ValueError(f"no data at path={name}; give a parquet file, a directory of parquet files or a hub id")
+        if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ValueError(f"no data at path={name}; give a {_ENDINGS} file, a directory of such files or a hub id")
         return name
     base = Path(data_root) / name.rsplit("/", 1)[-1]
     candidates = [Path(data_root) / name, *([base / config] if config else []), base]
     for path in candidates:
-        if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
+        if path.is_file() or (path.is_dir() and _files(path, "")):
             return path
     tried = ", ".join(str(path) for path in candidates)
-    raise ValueError(f"data_root={data_root} holds no parquet for {name}; tried {tried}")
+    raise ValueError(f"data_root={data_root} holds no data for {name}; tried {tried}")
 
 
 def split_files(source: Path, split: str | None) -> list[Path]:
-    """The files of a split: SPLIT.parquet or SPLIT-*.parquet in a directory, or the file itself.
+    """The files of a split: SPLIT.ENDING or SPLIT-*.ENDING in a directory, or the file itself.
 
     Split None means the training files of a directory, or all its files where none is called train.
     """
     if source.is_file():
         return [source]
     if split is None:
-        return sorted(source.glob("train*.parquet")) or sorted(source.glob("*.parquet"))
-    files = sorted({*source.glob(f"{split}.parquet"), *source.glob(f"{split}-*.parquet")})
+        return _files(source, "train") or _files(source, "")
+    files = [path for path in _files(source, split) if path.stem == split or path.name.startswith(f"{split}-")]
     if not files:
-        names = ", ".join(sorted(p.name for p in source.glob("*.parquet")))
+        names = ", ".join(path.name for path in _files(source, ""))
         raise ValueError(f"no file of split={split} in path={source}; it holds {names}")
     return files
 
@@ -58,7 +62,7 @@ def read_rows(source: Source, split: str, config: str | None, *, limit: int) -> 
     if isinstance(source, str):
         rows: Iterator[Mapping[str, Any]] = iter(_load_hub(source, config, split, streaming=False))
     else:
-        rows = _iter_parquet(source, split)
+        rows = _iter_files(source, split)
     for number, row in enumerate(rows):
         if limit and number >= limit:
             return
@@ -71,7 +75,7 @@ def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:
     if isinstance(source, str):
         rows = iter(_load_hub(source, None, "train", streaming=True))
     else:
-        rows = _iter_parquet(source, None)
+        rows = _iter_files(source, None)
     for row in rows:
         if column not in row:
             raise ValueError(f"the corpus has no column={column}; its columns are {', '.join(row)}; set data.corpus_column")
@@ -82,17 +86,38 @@ def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:
                 return
 
 
-def _iter_parquet(source: Path, split: str | None) -> Iterator[Mapping[str, Any]]:
+def _files(directory: Path, prefix: str) -> list[Path]:
+    return sorted(p for p in directory.glob(f"{prefix}*") if p.suffix in ENDINGS)
+
+
+def _iter_files(source: Path, split: str | None) -> Iterator[Mapping[str, Any]]:
     for path in split_files(source, split):
-        try:
+        for row in _iter_file(path):
+            # a column `split` counts in a file that stands for the whole data set
+            if split is None or not source.is_file() or row.get("split", split) == split:
+                yield row
+
+
+def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                has_split = source.is_file() and "split" in file.schema_arrow.names
                 for batch in file.iter_batches(1024):
-                    for row in batch.to_pylist():
-                        if split is None or not has_split or row["split"] == split:
-                            yield row
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"unreadable parquet path={path}: {str(error).splitlines()[0]}") from None
+                    yield from batch.to_pylist()
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as lines:
+                for row in csv.DictReader(lines):
+                    yield {key: int(text) if text and text.lstrip("-").isdigit() else text for key, text in row.items()}
+        else:
+            raise ValueError(f"a data file ends in {_ENDINGS}; got path={path}")
+    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"unreadable data file path={path}: {str(error).splitlines()[0]}") from None
+
+
+_ENDINGS = ", ".join(ENDINGS)
 
 
 def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
@@ -103,5 +128,5 @@ def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> 
     except Exception as error:  # the hub client raises many types, also for "no network"
         raise ValueError(
             f"cannot load split={split} of data set {name} ({config}) from the hub: {str(error).splitlines()[0]}; "
-            "check the name and the network, or give --data-root DIR with parquet files"
+            "check the name and the network, or give --data-root DIR with the files"
         ) from None

@@ -201,7 +201,7 @@ class Conversion:
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
         mlflow.set_tracking_uri(uri)
         self._client = mlflow.MlflowClient(uri)
-        self._experiment = _experiment(self._client, "MLFLOW_TRACKING_URI" not in os.environ)
+        self._experiment = _experiment(self._client, is_local=uri.startswith("sqlite:"))
         values = self.params.model_dump(mode="json", exclude={"runtime"})
         key = hashlib.sha256(json.dumps([self.run_dir.name, values], sort_keys=True).encode()).hexdigest()
         tags = {
@@ -384,8 +384,8 @@ def headline_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _experiment(client: "MlflowClient", is_local: bool) -> "Experiment":
-    """The experiment, made on first use; the default store keeps its artifacts in ./mlartifacts."""
+def _experiment(client: "MlflowClient", *, is_local: bool) -> "Experiment":
+    """The experiment, made on first use; a local store keeps its artifacts in ./mlartifacts, a server where it likes."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bitdistill")
     found = client.get_experiment_by_name(name)
     if found is None:

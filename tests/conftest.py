@@ -23,6 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from bitdistill_core.config import Params, load_params  # noqa: E402
+from bitdistill_core.pipeline import NODES, run_node  # noqa: E402
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -76,10 +77,19 @@ def tiny_overrides() -> list[str]:
     return [f"{key}={value}" for key, value in TINY.items()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_params(tiny_overrides: list[str]) -> Params:
     """Parameters of a conversion that takes seconds: two layers, a few steps, a few examples of the demo data."""
     return load_params(ROOT / "params.yaml", overrides=tiny_overrides)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole tiny conversion, made by the core alone. Copy it before changing it."""
+    run_dir = tmp_path_factory.mktemp("finished") / "runs" / "demo"
+    for node in NODES:
+        run_node(node, tiny_params, run_dir)
+    return run_dir
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from bitdistill_core.report.formatting import metric, p_value, percent, points, 
 def verdict(results: Mapping[str, Any]) -> str:
     """One sentence: BitDistill against its teacher and against BitNet-SFT, then size and speed."""
     quality = _accuracy_verdict(results) if results["paired"] else _generation_verdict(results)
-    return f"{quality}{_cost_clause(results)}."
+    return f"{quality}{_floor_clause(results)}{_cost_clause(results)}."
 
 
 def floors(results: Mapping[str, Any]) -> str:
@@ -37,6 +37,14 @@ def _accuracy_verdict(results: Mapping[str, Any]) -> str:
     )
 
 
+def _floor_clause(results: Mapping[str, Any]) -> str:
+    """Models that learned nothing are not told apart either: that must not read as success."""
+    accuracy, best = results["rows"][2]["accuracy"], max(results["floors"].values(), default=None)
+    if accuracy is None or best is None or accuracy > best:
+        return ""
+    return f"; at {percent(accuracy)} it is not above the floor of {percent(best)} that needs no language model"
+
+
 def _comparison(paired: Mapping[str, Any]) -> str:
     """Words for a difference. An interval that holds zero is said not to tell the two apart."""
     if paired["ci_low"] <= 0 <= paired["ci_high"]:
@@ -45,6 +53,8 @@ def _comparison(paired: Mapping[str, Any]) -> str:
 
 
 def _evidence(paired: Mapping[str, Any]) -> str:
+    if not paired["only_first_correct"] and not paired["only_second_correct"]:
+        return f"(right and wrong on the same {paired['num_examples']:,} examples)"
     low, high = points(paired["ci_low"]), points(paired["ci_high"])
     is_unclear = paired["ci_low"] <= 0 <= paired["ci_high"]
     difference = f"difference {points(paired['difference'])}, " if is_unclear else ""

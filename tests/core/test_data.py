@@ -115,12 +115,43 @@ def test_parquet_sources(tmp_path: Path) -> None:
     assert list(read_rows(source, "validation", "sst2", limit=0)) == [{"sentence": "x", "label": 1}]
     with pytest.raises(ValueError, match=r"no file of split=train .* holds validation-0\.parquet"):
         list(read_rows(source, "train", "sst2", limit=0))
-    with pytest.raises(ValueError, match="holds no parquet for nyu-mll/other; tried"):
+    with pytest.raises(ValueError, match="holds no data for nyu-mll/other; tried"):
         locate("nyu-mll/other", None, str(tmp_path))
     assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", '{"text": "a, b", "label": 1, "split": "train"}\n\n{"text": "c", "label": 0, "split": "test"}\n'),
+        ("d.csv", 'text,label,split\n"a, b",1,train\nc,0,test\n'),
+    ],
+)
+def test_one_file_with_a_split_column(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    rows = list(read_rows(tmp_path / name, "train", None, limit=0))
+    assert rows == [{"text": "a, b", "label": 1, "split": "train"}]
+
+
+def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{no json")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    for name in ("a.jsonl", "b.parquet"):
+        with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
+            list(read_rows(tmp_path / name, "train", None, limit=0))
+    with pytest.raises(ValueError, match="give a .parquet, .jsonl, .csv file"):
+        locate(str(tmp_path / "none.parquet"), None, None)
 
 
 def test_naive_bayes_learns_words() -> None:
     labels = np.array([0, 1] * 10)
     texts = ["bad film", "good film"] * 10
     assert fit_predict(texts, labels, ["a good one", "BAD!"]).tolist() == [1, 0]
+
+
+def test_the_documentation_prints_every_template() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for task, template in TEMPLATES.items():
+        assert f"`{task}`" in page
+        assert template.prompt.replace("\n", "\\n") in page
+        assert all(f"`{word}`" in page for word in template.label_words)

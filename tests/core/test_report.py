@@ -245,9 +245,7 @@ def test_results_json_pairs_predictions(finished: Path) -> None:
     teacher = paired["bitdistill_vs_fp16_sft"]
     assert (teacher["only_first_correct"], teacher["only_second_correct"]) == (10, 16)
     assert teacher["difference"] == pytest.approx(-0.03)
-    assert teacher["ci_low"] < -0.03 < teacher["ci_high"]
     assert teacher["mcnemar_p"] == pytest.approx(mcnemar_p(10, 16))
-    assert paired["bitdistill_vs_bitnet_sft"]["only_first_correct"] == 34
     assert paired["bitdistill_vs_bitnet_sft"]["ci_low"] > 0
 
 
@@ -255,6 +253,7 @@ def test_page_tells_the_numbers_and_the_verdict(finished: Path) -> None:
     page = (finished / "index.html").read_text()
     assert "not distinguishable from its FP16 teacher (difference -3.0, 95% interval -" in page
     assert "17.0 points above BitNet-SFT" in page
+    assert "not above the floor" not in page
     assert "its file is 0.25x the size and it decodes at 2.50x the speed" in page
     assert "99.50%<small>199 of 200</small>" in page
     assert "naive Bayes on words 75.0%. Not above the higher floor: BitNet-SFT." in page
@@ -269,8 +268,9 @@ UNCLEAR = "is not distinguishable from its FP16 teacher (difference -3.0, 95% in
 def test_verdict_is_honest_about_a_loss(finished: Path, low: float, high: float, expected: str) -> None:
     results = results_of(finished)
     results["paired"]["bitdistill_vs_fp16_sft"].update(ci_low=low, ci_high=high)
-    results["rows"][2]["decode_tokens_per_second"] = 20.0
+    results["rows"][2].update(decode_tokens_per_second=20.0, accuracy=0.75)
     assert expected in verdict(results)
+    assert "at 75.0% it is not above the floor of 75.0%" in verdict(results)
     assert verdict(results).endswith("it decodes at 0.40x the speed.")
 
 

@@ -1,0 +1,113 @@
+"""The engine's config against transformers' configuration classes, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from bitdistill_core.engine.config import EngineConfig, engine_config
+
+BOS, EOS, VOCAB_SIZE = 256, 257, 260
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 258,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 6}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+# A name for each architecture and option: its config beyond COMMON.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_sliding_bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True} | SLIDING,
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
+    "llama_bias_llama3_rope": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3_ROPE,
+    },
+    "llama_linear_rope": {"model_type": "llama", "rope_parameters": LINEAR_ROPE, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_sliding": {"model_type": "mistral", "sliding_window": 6},
+    "gemma3": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_linear_rope_softcap": GEMMA
+    | {"sliding_window_pattern": 2, "rope_parameters": GEMMA_ROPE, "final_logit_softcapping": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_engine_config_reads_a_saved_config_json(tmp_path: Path, name: str) -> None:
+    config = AutoConfig.for_model(**(COMMON | ARCHITECTURES[name]))
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    surgery = {"bitdistill": {"subln": "all", "sub_norm_eps": 1e-5}}
+    from_file = engine_config(saved | surgery)
+    assert from_file == engine_config(config.to_dict() | surgery)
+    assert from_file == engine_config(COMMON | ARCHITECTURES[name] | surgery)  # absent keys: transformers' defaults
+    assert EngineConfig.from_dict(json.loads(json.dumps(from_file))).to_dict() == from_file
+
+
+def test_engine_config_reads_the_keys_of_transformers_4() -> None:
+    surgery = {"bitdistill": {"subln": "none", "sub_norm_eps": 1e-6}}
+    old = COMMON | {"model_type": "qwen3", "rope_theta": 1e6, "rope_scaling": None} | surgery
+    assert engine_config(old)["rope"]["full_attention"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert engine_config(old)["head_dim"] == 128
+    scaling = {"type": "linear", "factor": 8.0}
+    old = COMMON | GEMMA | {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling} | surgery
+    assert engine_config(old)["rope"] == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    assert engine_config(old)["embedding_multiplier"] == float(np.float32(math.sqrt(48)))
+
+
+def test_engine_config_refuses_what_the_engine_does_not_compute() -> None:
+    surgery = {"bitdistill": {"subln": "output", "sub_norm_eps": 1e-6}}
+    base = COMMON | {"model_type": "llama"} | surgery
+    gemma = COMMON | GEMMA | surgery
+    refused: list[tuple[dict[str, Any], str]] = [
+        (base | {"model_type": "gpt2"}, "supports model_type qwen3, .*gemma3_text; got model_type=gpt2"),
+        (base | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "supports rope_type default, linear, ll"),
+        (base | {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
+        (base | {"partial_rotary_factor": 0.5}, "rotates whole heads"),
+        (base | {"hidden_act": "relu"}, "supports activations silu, gelu_pytorch_tanh; got hidden_act=relu"),
+        (base | {"hidden_size": None}, "needs hidden_size as a positive integer; got hidden_size=None"),
+        (base | {"num_key_value_heads": 3}, "num_attention_heads=4 num_key_value_heads=3"),
+        (base | {"bitdistill": None}, "needs bitdistill.subln, one of none, output, all"),
+        (base | {"bitdistill": surgery["bitdistill"] | {"skip_modules": ["a"]}}, r"skip_modules=\['a'\]"),
+        (gemma | {"attn_logit_softcapping": 50.0}, "does not apply attn_logit_softcapping .*=50.0"),
+        (gemma | {"use_bidirectional_attention": True}, "computes causal attention"),
+    ]
+    for config, message in refused:
+        with pytest.raises(ValueError, match=message):
+            engine_config(config)
+    incomplete = engine_config(base) | {"extra": 1}
+    del incomplete["vocab_size"]
+    with pytest.raises(ValueError, match=r"missing=\['vocab_size'\] unknown=\['extra'\]"):
+        EngineConfig.from_dict(incomplete)
