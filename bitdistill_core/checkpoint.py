@@ -62,7 +62,9 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint path={directory} does not fit its config.json: {' '.join(str(error).split())[:600]}") from None
+        raise ValueError(
+            f"checkpoint path={directory} does not fit its config.json: {' '.join(str(error).split())[:600]}"
+        ) from None
     return model.eval(), load_tokenizer(directory)
 
 
@@ -133,7 +135,9 @@ def _package_file(name: str) -> Path:
     try:
         path = Path(str(resources.files(module))) / file
     except ModuleNotFoundError:
-        raise ValueError(f"base.checkpoint needs the Python package that holds module={module}; pip install it") from None
+        raise ValueError(
+            f"base.checkpoint needs the Python package that holds module={module}; pip install it"
+        ) from None
     if not path.is_file():
         raise ValueError(f"no file={file} in the installed package module={module}")
     return path
@@ -141,4 +145,3 @@ def _package_file(name: str) -> Path:
 
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400]
-

@@ -4,12 +4,16 @@ Tasks and flows are imported inside the commands that need them, so `--help` and
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+# read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     help="Turn a full-precision decoder LM into a packed 1.58-bit student (BitNet Distillation).",
@@ -37,6 +41,9 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: this command needs the full install, and package {error.name} is missing", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command to go on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
@@ -63,8 +70,8 @@ def convert(
             seed=seed,
             name=name,
             data_root=data_root,
-            params_file=str(params_file),
-            runs_dir=str(runs_dir),
+            params_file=params_file,
+            runs_dir=runs_dir,
             track=track,
         )
         typer.echo(f"report: {Path(result['run_dir']) / 'report' / 'index.html'}", err=True)
@@ -120,7 +127,9 @@ def classify(
         engine = Engine.load(packed_path(model), num_threads=num_threads)
         task = engine.model.task
         if task is None or task["kind"] != "classification":
-            raise ValueError(f"model={model} is no classifier (task={task and task['name']}); use `bitdistill generate`")
+            raise ValueError(
+                f"model={model} is no classifier (task={task and task['name']}); use `bitdistill generate`"
+            )
         template = Template(
             kind="classification", prompt=task["prompt"], label_words=task["label_words"], answer_column="label"
         )
@@ -189,12 +198,16 @@ def bench(
             warmup_rounds=1,
             num_threads=engine.num_threads,
         )
-        print(json.dumps({name: asdict(timing) for name, timing in timings.items()} | {"info": engine.info()}, indent=1))
+        print(
+            json.dumps({name: asdict(timing) for name, timing in timings.items()} | {"info": engine.info()}, indent=1)
+        )
 
 
 @app.command()
-def inspect(model: Annotated[Path | None, typer.Argument(help="A model.bitdistill file or a run.")] = None,
-            cpu: Annotated[bool, typer.Option("--cpu", help="Show this processor's kernels.")] = False) -> None:  # fmt: skip
+def inspect(
+    model: Annotated[Path | None, typer.Argument(help="A model.bitdistill file or a run.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Show this processor's kernels.")] = False,
+) -> None:
     """Verify a packed file and show what is in it."""
     with one_line_errors():
         from bitdistill_core.engine.kernels import active_kernel, available_kernels

@@ -70,7 +70,7 @@ class TrainSection(Section):
     weight_decay: float = Field(ge=0)
     adam_beta2: float = Field(gt=0, lt=1)
     max_grad_norm: float = Field(gt=0)
-    dropout: float = Field(ge=0, lt=1)  # of hidden states at the embedding and after each block; full precision only
+    dropout: float = Field(ge=0, lt=1)  # of the hidden states after the embedding and after each block
     precision: Literal["float32", "bfloat16"]  # of the forward pass; weights stay float32
     report_every: int = Field(gt=0)  # steps
     checkpoint_every: int = Field(gt=0)  # steps

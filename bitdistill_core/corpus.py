@@ -75,9 +75,7 @@ class BlockBatches:
         ids = torch.from_numpy(blocks)
         size = self.block_size
         totals = Totals(self.batch_size, self.batch_size * size, self.batch_size * (size - 1))
-        return [
-            Batch(part, part, torch.full((len(part),), size), totals) for part in ids.split(self.micro_size)
-        ]
+        return [Batch(part, part, torch.full((len(part),), size), totals) for part in ids.split(self.micro_size)]
 
     def _block(self, index: int) -> np.ndarray:
         epoch, index = divmod(index, self.num_blocks)

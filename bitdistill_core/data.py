@@ -66,7 +66,7 @@ def load_examples(
         room = max_length - len(answer_ids)
         if room < 2:
             raise ValueError(
-                f"max_length={max_length} leaves no room for a prompt beside an answer of num_tokens={len(answer_ids)}; "
+                f"max_length={max_length} leaves no room for a prompt beside an answer of {len(answer_ids)} tokens; "
                 "raise max_length"
             )
         if len(prompt_ids) > room:

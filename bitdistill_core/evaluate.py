@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import losses
@@ -53,7 +54,8 @@ class TorchScorer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, device: torch.device
     ) -> None:
-        self.model, self.tokenizer = model.to(device).eval(), tokenizer
+        nn.Module.to(model, device)
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_size, self.device = batch_size, device
         self.window = int(model.config.max_position_embeddings)
 
@@ -97,8 +99,7 @@ class TorchScorer:
             do_sample=False,
             pad_token_id=self.tokenizer.eos_token_id,
         )
-        text: str = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
 
 
 class PackedScorer:

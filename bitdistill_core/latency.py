@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Generate = Callable[[list[int], int], list[float]]  # prompt ids, new tokens -> time of each new token since the start
 
@@ -88,15 +90,22 @@ class _Worker:
 
     def __init__(self, path: Path, num_threads: int) -> None:
         # threads that wait must sleep, not spin: the models take turns on the same cores
-        command = ["env", "OMP_WAIT_POLICY=PASSIVE", f"OMP_NUM_THREADS={num_threads}", f"OPENBLAS_NUM_THREADS={num_threads}"]
+        command = [
+            "env",
+            "OMP_WAIT_POLICY=PASSIVE",
+            f"OMP_NUM_THREADS={num_threads}",
+            f"OPENBLAS_NUM_THREADS={num_threads}",
+        ]
         command += [sys.executable, "-m", "bitdistill_core.latency", str(path), "--num-threads", str(num_threads)]
         self.path = path
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def ask(self, request: Mapping[str, object]) -> dict[str, list[float]]:
-        assert self.process.stdin is not None and self.process.stdout is not None and self.process.stderr is not None
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -106,15 +115,13 @@ class _Worker:
         if not line:
             error = self.process.stderr.read().strip().splitlines()
             raise ValueError(f"the benchmark of path={self.path} failed: {error[-1] if error else 'no message'}")
-        answer: dict[str, list[float]] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
         if self.process.stdin is not None and not self.process.stdin.closed:
-            try:
+            with suppress(BrokenPipeError):  # the worker may be gone already
                 self.process.stdin.close()
-            except BrokenPipeError:
-                pass  # the worker is gone already
         self.process.wait()
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
@@ -168,7 +175,7 @@ def _serve(path: Path, num_threads: int) -> None:
         import torch  # noqa: F401  (libraries are not what the model adds)
         import transformers  # noqa: F401
 
-        import bitdistill_core.checkpoint  # noqa: F401
+        import bitdistill_core.checkpoint
     else:
         import bitdistill_core.engine.model  # noqa: F401
     before = _memory_mib("VmRSS")

@@ -5,7 +5,6 @@ Files are parquet, JSON lines or CSV. The hub needs `datasets`, imported when it
 
 import csv
 import json
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ ENDINGS = (".parquet", ".jsonl", ".csv")
 def locate(name: str, config: str | None, data_root: str | None) -> Source:
     """The local path of a data set, or its hub id where it has none.
 
-    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below, as files:
-    DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME, where hub ids like nyu-mll/glue have BASENAME glue.
+    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below,
+    as files: DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME (glue for the hub id nyu-mll/glue).
 
     Raises:
         ValueError: not found below data_root, or a path that does not exist.
@@ -78,7 +77,9 @@ def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:
         rows = _iter_files(source, None)
     for row in rows:
         if column not in row:
-            raise ValueError(f"the corpus has no column={column}; its columns are {', '.join(row)}; set data.corpus_column")
+            raise ValueError(
+                f"the corpus has no column={column}; its columns are {', '.join(row)}; set data.corpus_column"
+            )
         if row[column] and row[column].strip():
             yield row[column]
             count += 1

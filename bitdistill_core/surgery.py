@@ -64,14 +64,17 @@ def operate(
     linears = {f"layers.{n}": m for n, m in decoder.layers.named_modules() if isinstance(m, nn.Linear)}
     unknown = [name for name in skip_modules if name not in linears]
     if unknown:
-        raise ValueError(f"surgery.skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}")
+        raise ValueError(
+            f"surgery.skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}"
+        )
     changes = []
     for name, linear in linears.items():
         if name in skip_modules:
             continue
         parent_name, _, child = name.rpartition(".")
         has_sub_norm = subln == "all" or (subln == "output" and child in OUTPUT_PROJECTIONS)
-        bit_linear = BitLinear(linear.weight, linear.bias, sub_norm_eps=sub_norm_eps if has_sub_norm else None)
+        weight = linear.get_parameter("weight")
+        bit_linear = BitLinear(weight, linear.bias, sub_norm_eps=sub_norm_eps if has_sub_norm else None)
         setattr(decoder.get_submodule(parent_name), child, bit_linear)
         changes.append(Change(f"model.{name}", linear.in_features, linear.out_features, has_sub_norm))
     if not changes:

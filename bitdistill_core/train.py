@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -106,9 +106,7 @@ def fit(
     return metrics
 
 
-def _optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, adam_beta2: float
-) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float, adam_beta2: float) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, so neither norms nor biases decay."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -116,7 +114,7 @@ def _optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
 
-def _part_grad_norms(parts: LossParts, parameters: list[Tensor]) -> dict[str, float]:
+def _part_grad_norms(parts: LossParts, parameters: Sequence[Tensor]) -> dict[str, float]:
     """L2 norm of each weighted part's gradient, for the balance of the loss."""
     norms = {}
     for part, value in parts.items():

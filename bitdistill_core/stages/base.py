@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from bitdistill_core import checkpoint
 from bitdistill_core.config import BaseConfig, ScratchConfig
@@ -40,6 +46,8 @@ def run(
         ValueError: a checkpoint that is missing, unreadable or of an unsupported architecture.
     """
     metrics: Metrics = {}
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     if config.checkpoint is None:
         model, tokenizer, metrics = _train_scratch(config.scratch, inputs, work_dir, report, device)
     else:

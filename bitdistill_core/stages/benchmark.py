@@ -1,4 +1,7 @@
-"""Stage `benchmark`: the packed models against the teacher in PyTorch, same prompt, same threads. Writes benchmark.json."""
+"""Stage `benchmark`: the packed models against the teacher in PyTorch, same prompt and threads.
+
+Writes benchmark.json.
+"""
 
 import json
 import os

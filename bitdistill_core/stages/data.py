@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bitdistill_core import naive_bayes, sources as data_sources
+from bitdistill_core import naive_bayes
+from bitdistill_core import sources as data_sources
 from bitdistill_core.config import DataConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.progress import progress_bar

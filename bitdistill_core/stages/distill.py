@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from bitdistill_core import checkpoint, losses
@@ -43,15 +44,15 @@ def run(
         raise ValueError(
             f"teacher and student must share a vocabulary; got sizes {len(teacher_tokenizer)} and {len(tokenizer)}"
         )
-    teacher.requires_grad_(False).to(device)
-    if config.precision == "bfloat16":
-        teacher.to(torch.bfloat16)
+    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    nn.Module.to(teacher.requires_grad_(False), device, precision)
     pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
     for model in (student, teacher):
         _require_heads(model, config.num_relation_heads)
-    with captured(student, [s for s, _ in pairs]) as student_states, captured(
-        teacher, [t for _, t in pairs]
-    ) as teacher_states:
+    with (
+        captured(student, [s for s, _ in pairs]) as student_states,
+        captured(teacher, [t for _, t in pairs]) as teacher_states,
+    ):
 
         def loss_fn(batch: losses.Batch) -> LossParts:
             with torch.no_grad():

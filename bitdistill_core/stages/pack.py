@@ -92,7 +92,9 @@ def pack_model(student: PreTrainedModel, tokenizer_json: bytes, path: Path, *, t
     if record is None:
         raise ValueError("packing needs a student; this checkpoint had no surgery; run the surgery stage first")
     if record["skip_modules"]:
-        raise ValueError(f"the packed file holds ternary layers only; got surgery.skip_modules={record['skip_modules']}")
+        raise ValueError(
+            f"the packed file holds ternary layers only; got surgery.skip_modules={record['skip_modules']}"
+        )
     linears = {name: _ternary(name, m) for name, m in student.named_modules() if isinstance(m, BitLinear)}
     embeddings = {"model.embed_tokens": _int8(student.get_input_embeddings())}
     if not student.config.tie_word_embeddings:

@@ -24,7 +24,6 @@ def run(
 ) -> Metrics:
     """Writes the fine-tuned model."""
     model, tokenizer = checkpoint.load_model(inputs.model)
-    training.add_dropout(model, config.dropout)
     metrics = training.train_on_task(
         model, tokenizer, config, inputs.data, name="teacher", work_dir=work_dir, report=report, device=device
     )

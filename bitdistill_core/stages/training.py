@@ -33,6 +33,7 @@ def train_on_corpus(
     num_steps = config.num_tokens // (config.block_size * config.batch_size)
     if num_steps == 0:
         return {}
+    add_dropout(model, config.dropout)
     tokens = tokenize_corpus(data / "corpus", tokenizer, max_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     batches = BlockBatches(
         tokens,
@@ -64,6 +65,7 @@ def train_on_task(
     grad_norm_every: int = 0,
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
+    add_dropout(model, config.dropout)
     task = read_task(data)
     examples = load_examples(
         examples_path(data, "train"),
@@ -98,17 +100,22 @@ def require_window(model: PreTrainedModel, length: int, key: str) -> None:
 @torch.no_grad()
 def round_embeddings(model: PreTrainedModel) -> None:
     """Rounds embedding and output head to the INT8 grid of the packed file, so that packing loses nothing."""
-    weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in weights.values():
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [module.get_parameter("weight") for module in modules]
+    for weight in weights[:1] if weights[0] is weights[1] else weights:
         codes, scale = quantize_rows(weight)
         weight.copy_(codes.float() * scale[:, None])
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
     """Dropout of the hidden states after the embedding and after each block, while training."""
+    if not probability:
+        return
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        dropped = nn.functional.dropout(output[0] if isinstance(output, tuple) else output, probability, module.training)
+        dropped = nn.functional.dropout(
+            output[0] if isinstance(output, tuple) else output, probability, module.training
+        )
         return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
 
     for module in (model.get_input_embeddings(), *model.get_decoder().layers):

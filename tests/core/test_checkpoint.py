@@ -12,8 +12,10 @@ from bitdistill_core import checkpoint
 from bitdistill_core.stages import training
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
-from tests.core.test_data import corpus  # noqa: F401  (a fixture)
-from tests.core.test_data import train_tokenizer
+from tests.core.test_data import (
+    corpus,  # noqa: F401  (a fixture)
+    train_tokenizer,
+)
 
 IDS = torch.tensor([[3, 14, 15, 92]])
 
@@ -69,7 +71,7 @@ def test_a_lost_norm_gain_is_an_error(tokenizer: PreTrainedTokenizerFast, tmp_pa
     else:
         state["model.layers.0.extra.weight"] = torch.zeros(1)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="does not fit its config.json: .*(input_norm|extra)"):
+    with pytest.raises(ValueError, match=r"does not fit its config\.json: .*(input_norm|extra)"):
         checkpoint.load_model(tmp_path)
 
 
@@ -86,7 +88,7 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
         checkpoint.load_model(tmp_path)
     with pytest.raises(ValueError, match=r"is no model directory: no config\.json"):
         checkpoint.load_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="no GGUF file at base.checkpoint="):
+    with pytest.raises(ValueError, match=r"no GGUF file at base\.checkpoint="):
         checkpoint.load_pretrained(str(tmp_path / "none.gguf"))
     with pytest.raises(ValueError, match="Python package that holds module=no_such_package; pip install it"):
         checkpoint.load_pretrained("package:no_such_package/x.gguf")

@@ -29,7 +29,15 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("task", sorted(TEMPLATES))
 def test_builtin_templates_render(task: str) -> None:
     template = TEMPLATES[task]
-    row = {"sentence": "a\n b", "premise": "p", "hypothesis": "h", "question": "q", "article": "x", "label": 1, "highlights": "s"}
+    row = {
+        "sentence": "a\n b",
+        "premise": "p",
+        "hypothesis": "h",
+        "question": "q",
+        "article": "x",
+        "label": 1,
+        "highlights": "s",
+    }
     assert "\n b" not in template.render_prompt(row)
     assert template.render_answer(row).startswith(" ")
 
@@ -74,13 +82,14 @@ def test_every_epoch_visits_every_example_once() -> None:
         seen = [int(row[0]) for step in range(5) for part in batches(epoch * 5 + step) for row in part.input_ids]
         assert sorted(seen) == list(range(3, 43))
     assert [b.input_ids.tolist() for b in batches(3)] == [
-        b.input_ids.tolist()
-        for b in ExampleBatches(examples, batch_size=8, gradient_accumulation=2, seed=1)(3)
+        b.input_ids.tolist() for b in ExampleBatches(examples, batch_size=8, gradient_accumulation=2, seed=1)(3)
     ]
 
 
 def test_totals_cover_the_whole_step() -> None:
-    batches = ExampleBatches([Example([1, 2], [3]), Example([4], [5, 6])], batch_size=2, gradient_accumulation=2, seed=0)
+    batches = ExampleBatches(
+        [Example([1, 2], [3]), Example([4], [5, 6])], batch_size=2, gradient_accumulation=2, seed=0
+    )
     parts = batches(0)
     assert len(parts) == 2
     assert parts[0].totals == parts[1].totals == Totals(num_sequences=2, num_tokens=6, num_targets=3)
@@ -139,7 +148,7 @@ def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.parquet"):
         with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
             list(read_rows(tmp_path / name, "train", None, limit=0))
-    with pytest.raises(ValueError, match="give a .parquet, .jsonl, .csv file"):
+    with pytest.raises(ValueError, match=r"give a \.parquet, \.jsonl, \.csv file"):
         locate(str(tmp_path / "none.parquet"), None, None)
 
 

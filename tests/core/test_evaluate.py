@@ -64,9 +64,7 @@ def write_rows(path: Path, labels: list[int]) -> Path:
 def test_accuracy_and_predictions_per_example(tmp_path: Path) -> None:
     examples = write_rows(tmp_path / "test.parquet", [0, 1, 1, 0])
     oracle = Oracle({("p0", " no"), ("p1", " yes"), ("p2", " no"), ("p3", " no")})
-    result = evaluate_split(
-        oracle, task="sst2", is_generation=False, examples=examples, split="test", max_new_tokens=4
-    )
+    result = evaluate_split(oracle, task="sst2", is_generation=False, examples=examples, split="test", max_new_tokens=4)
     assert result.metrics == {"accuracy": 0.75}
     assert [p["prediction"] for p in result.predictions] == [0, 1, 0, 0]
     assert [p["label"] for p in result.predictions] == [0, 1, 1, 0]

@@ -163,7 +163,5 @@ def test_no_tensor_of_the_whole_vocabulary_loss_exists(monkeypatch: pytest.Monke
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses.logits_kd_loss(
-            student, hidden, teacher, teacher_hidden, batch, kd_temperature=1.0, variant="authors"
-        )
+        losses.logits_kd_loss(student, hidden, teacher, teacher_hidden, batch, kd_temperature=1.0, variant="authors")
     assert max(saved) <= max(97 * 32, 80 * 32)  # the head's weight or the hidden states, not 80 x 97

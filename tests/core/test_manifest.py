@@ -30,12 +30,12 @@ class Stage:
     def __init__(self) -> None:
         self.runs, self.error = 0, None
 
-    def __call__(
-        self, config: Config, inputs: object, *, out_dir: Path, work_dir: Path, report: Report
-    ) -> Metrics:
+    def __call__(self, config: Config, inputs: object, *, out_dir: Path, work_dir: Path, report: Report) -> Metrics:
         self.runs += 1
         (out_dir / "a.txt").write_text(f"{config.value}")
-        (work_dir / "state").write_text((work_dir / "state").read_text() + "x" if (work_dir / "state").exists() else "x")
+        (work_dir / "state").write_text(
+            (work_dir / "state").read_text() + "x" if (work_dir / "state").exists() else "x"
+        )
         report({"stage/value": config.value}, self.runs)
         if self.error is not None:
             raise self.error
@@ -44,7 +44,13 @@ class Stage:
 
 def run(stage: Stage, tmp_path: Path, value: int = 1, **options: object) -> Result:
     return execute(
-        "stage", stage, Config(value=value), NoInputs(), directory=tmp_path / "out", work_root=tmp_path / "work", **options
+        "stage",
+        stage,
+        Config(value=value),
+        NoInputs(),
+        directory=tmp_path / "out",
+        work_root=tmp_path / "work",
+        **options,
     )
 
 
@@ -135,9 +141,14 @@ def test_work_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_input_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no finished stage in path=.*run that stage first"):
+    with pytest.raises(ValueError, match=r"no finished stage in path=.*run that stage first"):
         execute(
-            "next", Stage(), Config(value=0), Inputs(tmp_path / "none"), directory=tmp_path / "n", work_root=tmp_path / "w"
+            "next",
+            Stage(),
+            Config(value=0),
+            Inputs(tmp_path / "none"),
+            directory=tmp_path / "n",
+            work_root=tmp_path / "w",
         )
 
 

@@ -15,7 +15,9 @@ from tests.core.conftest import build
 EXAMPLES = [Example([5 + i % 7, 9, 11], [20 + i % 2]) for i in range(24)]
 
 
-def fit(work_dir: Path, *, num_steps: int = 12, log: list[tuple[int, dict[str, float]]] | None = None, **changes: Any) -> Any:
+def fit(
+    work_dir: Path, *, num_steps: int = 12, log: list[tuple[int, dict[str, float]]] | None = None, **changes: Any
+) -> Any:
     """A student on a toy task, from scratch or from what work_dir holds."""
     model = build("qwen3")
     operate(model, subln="output", sub_norm_eps=1e-6)
@@ -50,7 +52,9 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     log: list[tuple[int, dict[str, float]]] = []
     fit(tmp_path, num_steps=30, log=log)
     assert log[-1][1]["toy/loss"] < 0.5 * log[0][1]["toy/loss"]
-    assert {"toy/loss", "toy/task_loss", "toy/learning_rate", "toy/grad_norm", "toy/tokens_per_second"} <= set(log[0][1])
+    assert {"toy/loss", "toy/task_loss", "toy/learning_rate", "toy/grad_norm", "toy/tokens_per_second"} <= set(
+        log[0][1]
+    )
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
