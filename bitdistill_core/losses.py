@@ -4,7 +4,7 @@ Every loss is a sum over this micro-batch divided by a count over the whole opti
 accumulation changes nothing: the micro-batch losses of a step add up to the loss of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_core.relations import States, relation_kl, relation_logits
 
-CHUNK_ELEMENTS = 2**24  # logits held at once by one model in a vocabulary loss
+CHUNK_ELEMENTS = 2**24  # logits of one model that a vocabulary loss holds at once
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def task_loss(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> Tensor:
     def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head_logits(model, states).float(), targets, reduction="sum")
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start, stop in _chunks(len(targets), model.config.vocab_size):
-        total = total + checkpoint(chunk_loss, states[start:stop], targets[start:stop], use_reentrant=False)
+    total = _sum_in_chunks(chunk_loss, (states, targets), model.config.vocab_size)
     return total / max(batch.totals.num_targets, 1)
 
 
@@ -112,11 +110,7 @@ def logits_kd_loss(
         log_student = (head_logits(student, student_states)[..., :vocab_size].float() / kd_temperature).log_softmax(-1)
         return F.kl_div(log_student, target, reduction="sum", log_target=True)
 
-    total = student_hidden.new_zeros((), dtype=torch.float32)
-    for start, stop in _chunks(len(student_states), vocab_size):
-        total = total + checkpoint(
-            chunk_loss, student_states[start:stop], teacher_states[start:stop], use_reentrant=False
-        )
+    total = _sum_in_chunks(chunk_loss, (student_states, teacher_states), vocab_size)
     return total * scale
 
 
@@ -156,6 +150,10 @@ def attention_kd_loss(
     return total / len(layer_pairs)
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
+def _sum_in_chunks(loss: Callable[..., Tensor], tensors: tuple[Tensor, Tensor], vocab_size: int) -> Tensor:
+    """Sum of `loss` over chunks of tokens; with several, each is computed again in the backward pass, not kept."""
     size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+    chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    if len(chunks) == 1:
+        return loss(*chunks[0])
+    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
