@@ -62,9 +62,9 @@ def convert(
 ) -> None:
     """Convert a model: every stage, from data to report. Finished stages are not run again."""
     with one_line_errors():
-        from flows.convert import convert as flow
+        from flows.convert import run_locally
 
-        result = flow(
+        result = run_locally(
             profile=profile,
             overrides=overrides,
             seed=seed,
@@ -101,9 +101,9 @@ def stage(
         if stage_name == "track":
             from tasks import tracking
 
-            print(json.dumps(tracking.send(run_dir, params)))
+            print(json.dumps(tracking.send(run_dir, params, profile=profile)))
             return
-        from tasks.stages import run_stage
+        from tasks.tracking import run_stage
 
         result = run_stage(stage_name, params, run_dir, profile=profile, track=track)
         if result.was_up_to_date:

@@ -87,13 +87,13 @@ def execute(
         sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
         context: passed on; no part of the fingerprint (device, threads).
     """
-    digests = {name: _digest_outputs(Path(path)) for name, path in asdict(inputs).items()}
+    digests = {name: digest_outputs(Path(path)) for name, path in asdict(inputs).items()}
     identity = {
         "stage": stage,
         "config": config.model_dump(mode="json"),
         "inputs": digests,
         "version": __version__,
-        "sources": {path.name: _digest_file(path) for path in sources},
+        "sources": [[path.name, _digest_file(path)] for path in sources],
     }
     fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
     with _locked(work_root):
@@ -194,7 +194,8 @@ def _replace_directory(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _digest_outputs(directory: Path) -> str:
+def digest_outputs(directory: Path) -> str:
+    """Digest of what a finished stage wrote; its metrics, which hold times, do not count."""
     outputs = read_manifest(directory)["outputs"]
     content = {name: digest for name, digest in outputs.items() if name not in (METRICS, METRICS_LOG)}
     return _digest_bytes(json.dumps(content, sort_keys=True).encode())

@@ -5,6 +5,7 @@ Runs with a temporary server (`python -m flows.convert`, `bitdistill convert`) a
 
 import json
 import logging
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +19,15 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.runtime import flow_run
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 from pydantic import Field
 
 from bitdistill_core.config import Params, load_params, run_name
 from bitdistill_core.pipeline import NODES, find_node
 from tasks import stages, tracking, versioning
 from tasks.parameters import flatten
+from tasks.results import headline_metrics, results_table
 from tasks.tracking import Conversion
 
 
@@ -69,24 +73,27 @@ def convert(
     return _publish(run_dir)
 
 
+def run_locally(**parameters: Any) -> dict[str, Any]:
+    """`convert` from a terminal: a temporary server, where none is configured, outlives Ctrl-C.
+
+    A terminal sends SIGINT to every process it started. A server that dies of it cannot record how the run ended, and
+    Prefect would ask it for a minute. The server inherits the blocked signal; this process is unblocked again.
+    """
+    if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            SubprocessASGIServer().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    result: dict[str, Any] = convert(**parameters)
+    return result
+
+
 def override_strings(overrides: list[str] | Mapping[str, Any] | None) -> list[str]:
     """Overrides as `section.key=value`; a mapping may be nested."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in flatten(overrides).items()]
     return list(overrides or [])
-
-
-def results_table(results: Mapping[str, Any]) -> str:
-    """The rows of results.json as a Markdown table; columns without a number in any row are left out."""
-    rows = results["rows"]
-    columns = [key for key in rows[0] if key != "method" and any(row.get(key) is not None for row in rows)]
-    lines = [["method", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[row["method"], *(_cell(row.get(key)) for key in columns)] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _run_stages(params: Params, run_dir: Path, conversion: Conversion) -> None:
@@ -107,9 +114,9 @@ def _publish(run_dir: Path) -> dict[str, Any]:
     page = directory / "index.html"
     create_markdown_artifact(results_table(results), key="results", description=f"Results of {run_dir.name}")
     create_link_artifact(page.resolve().as_uri(), link_text=str(page), key="report", description="The report")
-    return {"run_dir": str(run_dir), "report": str(page), **tracking.headline_metrics(results)}
+    return {"run_dir": str(run_dir), "report": str(page), **headline_metrics(results)}
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    print(json.dumps(convert()))
+    print(json.dumps(run_locally()))

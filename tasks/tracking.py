@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +21,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from bitdistill_core import __version__
 from bitdistill_core.config import Params
-from bitdistill_core.manifest import MANIFEST, METRICS, METRICS_LOG, Report, Result
+from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result
 from bitdistill_core.pipeline import NODES, Node, find_node, run_node
 from tasks.parameters import flatten, without_private
+from tasks.results import headline_metrics
+from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_manifest, section_of
+from tasks.versioning import git_commit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,17 +81,21 @@ def send(run_dir: Path, params: Params, *, profile: str | None = None) -> dict[s
     Raises:
         ValueError: no finished stage in run_dir, or the tracking server does not take it.
     """
-    manifests = {node.name: _read_manifest(node.directory(run_dir)) for node in NODES}
-    found = [manifest for manifest in manifests.values() if manifest is not None]
+    found = current_manifests(run_dir, params)
     if not found:
-        raise ValueError(f"nothing to send: no finished stage in run_dir={run_dir}; give the directory of a run")
+        raise ValueError(
+            f"nothing to send: no finished stage of these parameters in run_dir={run_dir}; give the name of a run, and "
+            "the profile, overrides and seed that it was made with"
+        )
     conversion = Conversion(run_dir, params, profile, must_arrive=True)
-    conversion.open(min(manifest["started"] for manifest in found), None)
+    conversion.open(min(manifest["started"] for manifest in found.values()), None)
     for node in NODES:
-        if manifests[node.name] is not None:
+        if node.name in found:
             conversion.send_stage(node)
-    conversion.close(None if len(found) == len(NODES) else "KILLED", max(map(_ended, found)))
-    return {"run": run_dir.name, "run_id": conversion.run_id, "stages": len(found)}
+        elif is_finished(node, run_dir):
+            log.warning("%s is not sent: it was made with other parameters or inputs", node.directory(run_dir))
+    conversion.close(None if len(found) == len(NODES) else "KILLED", max(map(end_time, found.values())))
+    return {"run": run_dir.name, "run_id": conversion._parent.info.run_id, "stages": len(found)}
 
 
 def _guarded(
@@ -105,10 +110,12 @@ def _guarded(
         try:
             method(self, *args, **kwargs)
         except Exception as error:  # whatever a tracking server does, the conversion goes on
-            self.is_off = True
-            cause = f"{type(error).__name__}: {str(error)[:200]}"
+            cause = without_private(f"{type(error).__name__}: {str(error)[:200]}")
             if self.must_arrive:
                 raise ValueError(f"cannot send run_dir={self.run_dir} to MLflow: {cause}") from None
+            if self.is_off:
+                return  # a method that this one called has said so
+            self.is_off = True
             log.warning(
                 "MLflow tracking is off for the rest of this run (%s); nothing is lost: the metrics are in %s, and "
                 "`bitdistill stage track` sends them later",
@@ -128,14 +135,10 @@ class Conversion:
         self.is_off = True  # until `open`
         self._is_changed = False
         self._stages: dict[str, _StageRun] = {}
+        self._done: set[str] = set()
         self._client: MlflowClient
         self._experiment: Experiment
         self._parent: Run
-
-    @property
-    def run_id(self) -> str | None:
-        """The parent run's, once tracking is on."""
-        return self._parent.info.run_id if hasattr(self, "_parent") else None
 
     def open(self, started: float, flow_run_id: str | None) -> None:
         """Finds or makes the parent run."""
@@ -149,7 +152,7 @@ class Conversion:
         def report(metrics: dict[str, float], step: int) -> None:
             self._report(node, metrics, step)
 
-        if not (node.directory(self.run_dir) / MANIFEST).is_file():  # else it is probably up to date
+        if not is_finished(node, self.run_dir):  # else it is probably up to date
             self._start_stage(node)
         try:
             yield report
@@ -162,11 +165,8 @@ class Conversion:
     def send_stage(self, node: Node) -> None:
         """Sends what MLflow lacks of a finished stage."""
         directory = node.directory(self.run_dir)
-        manifest = _read_manifest(directory)
-        section = getattr(self.params, node.section).model_dump(mode="json")
-        if manifest is None or manifest["config"] != section:
-            log.warning("%s is not sent to MLflow: it was made with other parameters", directory)
-            return
+        manifest = read_manifest(directory)
+        self._done.add(node.name)
         lines = [json.loads(line) for line in (directory / METRICS_LOG).read_text().splitlines()]
         run = self._stages.get(node.name) or self._find_stage(node, manifest["fingerprint"])
         if run is not None and run.fingerprint == manifest["fingerprint"]:
@@ -175,7 +175,7 @@ class Conversion:
         for line in lines:
             run.add({key: v for key, v in line.items() if key not in ("step", "time")}, line["step"], line["time"])
         final: dict[str, float] = json.loads((directory / METRICS).read_text())
-        ended = _ended(manifest)
+        ended = end_time(manifest)
         run.add({k: v for k, v in final.items() if k not in run.keys}, lines[-1]["step"] if lines else 0, ended)
         run.add({"seconds": manifest["seconds"]}, 0, ended)
         run.end("FINISHED", ended, fingerprint=manifest["fingerprint"])
@@ -185,8 +185,7 @@ class Conversion:
     @_guarded
     def close(self, status: str | None, ended: float) -> None:
         """Ends the parent run. Status None: FINISHED when every stage is done, else it stays RUNNING."""
-        is_done = all(_read_manifest(node.directory(self.run_dir)) is not None for node in NODES)
-        if status is None and is_done:
+        if status is None and (len(self._done) == len(NODES) or is_whole(self.run_dir, self.params)):
             self._log_results()
             status = "FINISHED"
         if status is not None and (self._is_changed or self._parent.info.status != "FINISHED"):
@@ -196,13 +195,14 @@ class Conversion:
     def _open(self, started: float, flow_run_id: str | None) -> None:
         import mlflow
 
-        for name in ("alembic", "mlflow"):
+        for name in ("alembic", "mlflow", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
         mlflow.set_tracking_uri(uri)
         self._client = mlflow.MlflowClient(uri)
         self._experiment = _experiment(self._client, is_local=uri.startswith("sqlite:"))
         values = self.params.model_dump(mode="json", exclude={"runtime"})
+        commit = git_commit()
         key = hashlib.sha256(json.dumps([self.run_dir.name, values], sort_keys=True).encode()).hexdigest()
         tags = {
             "bitdistill.conversion": key,
@@ -211,7 +211,7 @@ class Conversion:
             "bitdistill.task": self.params.data.task,
             "bitdistill.version": __version__,
             **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
-            **_git_tags(),
+            **({"mlflow.source.git.commit": commit} if commit else {}),
         }
         found = self._search({"bitdistill.conversion": key})
         self._parent = found[0] if found else self._create_run(self.run_dir.name, started, tags)
@@ -256,8 +256,7 @@ class Conversion:
     def _new_stage(self, node: Node, started: float) -> "_StageRun":
         tags = {"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name}
         run = self._create_run(node.name, started, {**tags, "bitdistill.run": self.run_dir.name})
-        section = getattr(self.params, node.section).model_dump(mode="json")
-        _log_params(self._client, run.info.run_id, {node.section: section}, {})
+        _log_params(self._client, run.info.run_id, {node.section: section_of(node, self.params)}, {})
         if not self._is_changed and self._parent.info.status == "FINISHED":
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
         self._is_changed = True
@@ -292,12 +291,12 @@ class Conversion:
     def _log_results(self) -> None:
         """The report, its headline numbers and the packed model, once for each report."""
         directory = self.run_dir / "report"
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         run_id = self._parent.info.run_id
-        if manifest is None or self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
+        if self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
             return
         metrics = _StageRun(self._client, run_id, None, set())
-        metrics.add(headline_metrics(json.loads((directory / "results.json").read_text())), 0, _ended(manifest))
+        metrics.add(headline_metrics(json.loads((directory / "results.json").read_text())), 0, end_time(manifest))
         metrics.flush()
         self._client.log_artifacts(run_id, str(directory), "report")
         self._register_packed()
@@ -308,8 +307,8 @@ class Conversion:
         import mlflow
 
         directory = find_node(PACKED).directory(self.run_dir)
-        manifest, run_id = _read_manifest(directory), self._parent.info.run_id
-        if manifest is None or self._parent.data.tags.get("bitdistill.packed") == manifest["fingerprint"]:
+        manifest, run_id = read_manifest(directory), self._parent.info.run_id
+        if self._parent.data.tags.get("bitdistill.packed") == manifest["fingerprint"]:
             return
         with mlflow.start_run(run_id=run_id, nested=True):  # pyfunc.log_model knows only the active run
             info = mlflow.pyfunc.log_model(
@@ -374,18 +373,8 @@ class _StageRun:
         self.client.set_terminated(self.run_id, status, int(ended * 1000))
 
 
-def headline_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """METHOD/NAME of every number in the rows of results.json."""
-    return {
-        f"{row['method']}/{key}": float(value)
-        for row in results["rows"]
-        for key, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
 def _experiment(client: "MlflowClient", *, is_local: bool) -> "Experiment":
-    """The experiment, made on first use; a local store keeps its artifacts in ./mlartifacts, a server where it likes."""
+    """The experiment, made on first use; a local store keeps its artifacts in ./mlartifacts."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bitdistill")
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -401,21 +390,6 @@ def _log_params(client: "MlflowClient", run_id: str, values: Mapping[str, Any], 
     for batch in _chunks([Param(key, text) for key, text in texts.items()], MAX_BATCH_PARAMS):
         client.log_batch(run_id, params=batch)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
-def _git_tags() -> dict[str, str]:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return {"mlflow.source.git.commit": found.stdout.strip()} if found is not None and found.returncode == 0 else {}
-
-
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    path = directory / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _ended(manifest: Mapping[str, Any]) -> float:
-    return float(manifest["started"]) + float(manifest["seconds"])
 
 
 def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:

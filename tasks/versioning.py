@@ -1,9 +1,10 @@
-"""DVC: records the outputs of a conversion that Prefect drove, so that `dvc status` is clean.
+"""Git and DVC: the commit of the code, and the outputs of a conversion that Prefect drove.
 
-Runs `python -m dvc`; never decides what is up to date.
+Runs `python -m dvc`, so that `dvc status` is clean afterwards; never decides what is up to date.
 """
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ def commit(run_dir: Path, params: Params, *, params_file: Path) -> bool:
         reason = (done.stderr or done.stdout).strip().splitlines()
         log.warning("the run is not recorded in DVC: %s", reason[-1] if reason else f"exit code {done.returncode}")
     return done.returncode == 0
+
+
+def git_commit() -> str | None:
+    """The commit of the current directory's repository, if it is one and git is there."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _has_plain_params(params: Params, params_file: Path) -> bool:

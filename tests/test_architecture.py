@@ -119,9 +119,11 @@ def test_tasks_do_not_import_flows() -> None:
 
 
 @pytest.mark.parametrize("folder", ["bitdistill_core", "flows"])
-def test_environment_variables_are_read_in_tasks_only(folder: str) -> None:
-    readers = [path for path in sources(folder) if re.search(r"os\.(environ|getenv)", path.read_text())]
-    assert not readers
+def test_environment_variables_are_the_business_of_tasks(folder: str) -> None:
+    users = {
+        p.relative_to(ROOT).as_posix() for p in sources(folder) if re.search(r"os\.(environ|getenv)", p.read_text())
+    }
+    assert users <= {"bitdistill_core/cli.py"}  # an entry point: sets OpenMP's wait policy before torch is loaded
 
 
 def test_kernels_include_no_python_header() -> None:

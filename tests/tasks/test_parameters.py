@@ -20,7 +20,9 @@ def test_a_path_outside_loses_its_directories_and_one_inside_becomes_relative() 
     assert without_private(str(Path.cwd() / "data" / "a.parquet")) == "data/a.parquet"
 
 
-@pytest.mark.parametrize("text", ["nyu-mll/glue", "data/demo/reviews.parquet", "Review: {sentence}\nSentiment:", "1e-05"])
+@pytest.mark.parametrize(
+    "text", ["nyu-mll/glue", "data/demo/reviews.parquet", "Review: {sentence}\nSentiment:", "1e-05"]
+)
 def test_other_values_stay_as_they_are(text: str) -> None:
     assert without_private(text) == text
 
