@@ -63,7 +63,7 @@ def all_imports(*folders: str) -> list[Import]:
 def test_the_reader_of_imports_sees_functions_and_blocks() -> None:
     found = {(item.module, item.is_at_load) for item in imports_of(ROOT / "bitdistill_core/cli.py")}
     assert ("typer", True) in found
-    assert ("flows.convert.convert", False) in found
+    assert ("flows.convert.run_locally", False) in found
 
 
 def test_the_core_knows_no_orchestration() -> None:

@@ -17,7 +17,9 @@ def test_ctrl_c_ends_the_conversion_at_once_and_keeps_the_checkpoint(tiny_overri
     overrides = [*tiny_overrides, "base.scratch.num_tokens=100000000", "base.scratch.checkpoint_every=5"]
     overrides += ["data.corpus_documents=0"]
     parameters = {"overrides": overrides, "params_file": str(ROOT / "params.yaml"), "track": False}
-    code = f"from flows.convert import run_locally; run_locally(**{parameters!r})"
+    # a shell that starts this test in the background would have the signal ignored in all its children
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from flows.convert import run_locally; run_locally(**{parameters!r})"
     log = tmp_path / "log"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
