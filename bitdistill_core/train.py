@@ -94,7 +94,7 @@ def fit(
                 metrics[f"{name}/learning_rate"] = learning_rate * factor
                 metrics[f"{name}/grad_norm"] = grad_norm
                 metrics[f"{name}/tokens_per_second"] = num_tokens / max(now - last_report, 1e-9)
-                bar.set_postfix(loss=f"{metrics[f'{name}/loss']:.3f}")
+                bar.set_postfix(loss=f"{metrics[f'{name}/loss']:.3f}", refresh=False)
                 window, window_steps, num_tokens, last_report = {}, 0, 0, now
                 report(metrics, step + 1)
             if part_norms:
