@@ -5,7 +5,7 @@ only then loads the weights, strictly: a lenient load is how learned SubLN gains
 """
 
 import json
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,10 @@ def _load_config(source: str, **options: Any) -> Any:
 
 def _package_file(name: str) -> Path:
     module, _, file = name.partition("/")
-    try:
-        path = Path(str(resources.files(module))) / file
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"base.checkpoint needs the Python package that holds module={module}; pip install it"
-        ) from None
+    spec = find_spec(module)  # finds the package without running its code
+    if spec is None or spec.origin is None:
+        raise ValueError(f"base.checkpoint needs the Python package that holds module={module}; pip install it")
+    path = Path(spec.origin).parent / file
     if not path.is_file():
         raise ValueError(f"no file={file} in the installed package module={module}")
     return path
