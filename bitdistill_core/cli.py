@@ -62,6 +62,10 @@ def convert(
 ) -> None:
     """Convert a model: every stage, from data to report. Finished stages are not run again."""
     with one_line_errors():
+        from bitdistill_core.config import load_params, run_name
+
+        load_params(params_file, profile=profile, overrides=overrides, seed=seed)  # fails before a server starts
+        run_name(profile, seed=seed, name=name)
         from flows.convert import run_locally
 
         result = run_locally(

@@ -1,0 +1,66 @@
+"""The command line: help fits a screen, an error is one line and exit code 1."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bitdistill_core.cli import app
+from tests.conftest import ROOT
+
+COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report"]
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_names_every_command_and_fits_a_screen() -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    assert len(out.splitlines()) < 40
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert len(out.splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "--set", "distill.lr=1"], "unknown key in override 'distill.lr=1': lr; the keys are"),
+        (["convert", "--profile", "none"], "unknown profile=none; the profiles are demo"),
+        (["convert", "--name", "a/b"], "the name of a run must be one directory name"),
+        (["stage", "nothing", "--no-track"], "unknown stage=nothing; the stages are data, base"),
+        (
+            ["stage", "distill", "--no-track", "--runs-dir", "nowhere"],
+            "no finished stage in path=nowhere/demo/pretrain",
+        ),
+        (["classify", "nowhere", "text"], "no packed model at path=nowhere"),
+        (["inspect"], "inspect needs a model or --cpu"),
+        (["report", "nowhere"], "no report in run=nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if arguments[0] in ("convert", "stage"):
+        arguments = [*arguments, "--params", str(ROOT / "params.yaml")]
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(*arguments)
+    assert code == 1
+    assert out == ""
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_inspect_shows_the_kernels_of_this_processor() -> None:
+    code, out, _ = run("inspect", "--cpu")
+    assert code == 0
+    assert '"scalar"' in out
