@@ -379,7 +379,8 @@ def _experiment(client: "MlflowClient", *, is_local: bool) -> "Experiment":
     found = client.get_experiment_by_name(name)
     if found is None:
         location = (Path.cwd() / "mlartifacts").as_uri() if is_local else None
-        return client.get_experiment(client.create_experiment(name, artifact_location=location))
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs, not on traces
+        return client.get_experiment(client.create_experiment(name, artifact_location=location, tags=tags))
     return found
 
 
