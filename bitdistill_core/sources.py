@@ -56,16 +56,12 @@ def split_files(source: Path, split: str | None) -> list[Path]:
     return files
 
 
-def read_rows(source: Source, split: str, config: str | None, *, limit: int) -> Iterator[Mapping[str, Any]]:
-    """The rows of a split as mappings, at most `limit` (0: all)."""
+def read_rows(source: Source, split: str, config: str | None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a split as mappings."""
     if isinstance(source, str):
-        rows: Iterator[Mapping[str, Any]] = iter(_load_hub(source, config, split, streaming=False))
+        yield from _load_hub(source, config, split, streaming=False)
     else:
-        rows = _iter_files(source, split)
-    for number, row in enumerate(rows):
-        if limit and number >= limit:
-            return
-        yield row
+        yield from _iter_files(source, split)
 
 
 def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:

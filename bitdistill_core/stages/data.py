@@ -77,7 +77,7 @@ def run(
     tables: dict[str, pa.Table] = {}
     for split in dict.fromkeys((config.train_split, *config.eval_splits)):
         limit = config.max_train_examples if split == config.train_split else config.max_eval_examples
-        rows = data_sources.read_rows(source, split, config.examples_config, limit=limit)
+        rows = _sample(list(data_sources.read_rows(source, split, config.examples_config)), limit)
         tables[split] = _render(rows, template, split)
         path = examples_path(out_dir, split)
         path.parent.mkdir(exist_ok=True)
@@ -95,6 +95,14 @@ def run(
     (out_dir / "task.json").write_text(json.dumps(asdict(task), indent=1) + "\n")
     report(metrics, 0)
     return metrics
+
+
+def _sample(rows: list[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """`limit` rows drawn at random, always the same ones, in their order (0: all). Files are often sorted by label."""
+    if not limit or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def _render(rows: Iterable[Mapping[str, Any]], template: Template, split: str) -> pa.Table:

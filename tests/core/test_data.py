@@ -13,6 +13,7 @@ from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
 from bitdistill_core.stages.base import train_tokenizer
+from bitdistill_core.stages.data import _sample
 from bitdistill_core.templates import TEMPLATES, Template
 
 
@@ -121,9 +122,9 @@ def test_parquet_sources(tmp_path: Path) -> None:
     (tmp_path / "glue" / "sst2").mkdir(parents=True)
     pq.write_table(pa.table({"sentence": ["x"], "label": [1]}), tmp_path / "glue" / "sst2" / "validation-0.parquet")
     source = locate("nyu-mll/glue", "sst2", str(tmp_path))
-    assert list(read_rows(source, "validation", "sst2", limit=0)) == [{"sentence": "x", "label": 1}]
+    assert list(read_rows(source, "validation", "sst2")) == [{"sentence": "x", "label": 1}]
     with pytest.raises(ValueError, match=r"no file of split=train .* holds validation-0\.parquet"):
-        list(read_rows(source, "train", "sst2", limit=0))
+        list(read_rows(source, "train", "sst2"))
     with pytest.raises(ValueError, match="holds no data for nyu-mll/other; tried"):
         locate("nyu-mll/other", None, str(tmp_path))
     assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
@@ -138,7 +139,7 @@ def test_parquet_sources(tmp_path: Path) -> None:
 )
 def test_one_file_with_a_split_column(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    rows = list(read_rows(tmp_path / name, "train", None, limit=0))
+    rows = list(read_rows(tmp_path / name, "train", None))
     assert rows == [{"text": "a, b", "label": 1, "split": "train"}]
 
 
@@ -147,9 +148,18 @@ def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     for name in ("a.jsonl", "b.parquet"):
         with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
-            list(read_rows(tmp_path / name, "train", None, limit=0))
+            list(read_rows(tmp_path / name, "train", None))
     with pytest.raises(ValueError, match=r"give a \.parquet, \.jsonl, \.csv file"):
         locate(str(tmp_path / "none.parquet"), None, None)
+
+
+def test_a_limit_draws_from_the_whole_split() -> None:
+    rows = [{"label": i // 50} for i in range(100)]
+    sample = _sample(rows, 20)
+    assert len(sample) == 20
+    assert 5 <= sum(row["label"] for row in sample) <= 15
+    assert sample == _sample(rows, 20)
+    assert _sample(rows, 0) == rows
 
 
 def test_naive_bayes_learns_words() -> None:
