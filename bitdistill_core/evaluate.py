@@ -21,6 +21,7 @@ from bitdistill_core.data import Example, collate, encode_answer, encode_prompt
 from bitdistill_core.progress import progress_bar
 
 TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
+CONTEXTS_AT_ONCE = 32  # prompts that the packed model scores between two steps of the progress bar
 
 Request = tuple[list[int], list[int]]  # token ids of a prompt and of an answer
 
@@ -123,11 +124,12 @@ class PackedScorer:
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (prompt, _) in enumerate(requests):
             contexts.setdefault(tuple(prompt), []).append(index)
-        for indices in contexts.values():
-            for index, (log_prob, _) in zip(
-                indices, self.engine.score_ids([requests[i] for i in indices]), strict=True
-            ):
-                yield index, log_prob
+        groups = list(contexts.values())
+        for begin in range(0, len(groups), CONTEXTS_AT_ONCE):
+            indices = [index for group in groups[begin : begin + CONTEXTS_AT_ONCE] for index in group]
+            scores = self.engine.score_ids([requests[i] for i in indices])
+            for index, (log_probability, _) in zip(indices, scores, strict=True):
+                yield index, log_probability
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """The greedy continuation, up to the end-of-text token."""

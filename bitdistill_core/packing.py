@@ -1,33 +1,18 @@
-"""Ternary codes <-> bytes, and the packed model file `model.bitdistill`. NumPy only.
+"""The packed model file `model.bitdistill`. NumPy only.
 
 Not for quantising: codes and scales come in ready-made (bitdistill_core.quantize), and not for running them: engine/.
 
-Panel layout of `w_packed`, uint8 of shape (ceil(N / 16), ceil(K / 16), 64), for codes w_ternary + 1 in {0, 1, 2}:
-
-    A panel is 16 rows. It is stored as one 64-byte line for every 16 columns k, so one thread reads one stream.
-
-    line of panel P, step S = rows n = 16 P + r, r = 0..15, columns k = 16 S + 4 p + j, p = 0..3, j = 0..3
-
-    byte     0     1     2     3  |  4 ...  7 | ... | 28 .. 31 | 32 .. 35 | ... | 60 .. 63
-    row r    0     0     0     0  |  1 ...  1 | ... |  7 ..  7 |  8 ..  8 | ... | 15 .. 15
-    j        0     1     2     3  |  0 ...  3 | ... |  0 ..  3 |  0 ..  3 | ... |  0 ..  3
-
-    bits     7 6 | 5 4 | 3 2 | 1 0        of each byte: one code a plane
-    plane p   3  |  2  |  1  |  0
-
-    So bytes 0..31 shifted right by 2p and masked with 3 are 8 rows x 4 columns: what one AVX2 multiply takes
-    together with the dword x[16 S + 4 p .. + 3] in every lane. Byte 4 r + j of the line is
-        code(k = j) + 4 code(k = 4 + j) + 16 code(k = 8 + j) + 64 code(k = 12 + j)   of row r, k counted from 16 S.
-    Rows and columns beyond N and K have code 1 (weight 0): a line of padding is 64 times 0x55.
-
 The file is a safetensors file: 8 bytes header length (little endian), the JSON header, then the tensors without
-gaps. The header is padded with spaces and `w_packed` tensors come first, so every line starts on a 64-byte address
-of a memory map. Metadata: format, format_version, config (JSON of engine.config.EngineConfig), config_sha256,
-checksums (JSON, tensor name to the SHA-256 of its bytes), created_by. Tensors, by Hugging Face's module names:
+gaps. The header is padded with spaces and `w_packed` and `scan` tensors come first, so every line starts on a 64-byte
+address of a memory map; bitdistill_core.panels describes their bytes. Metadata: format, format_version, config (JSON of
+engine.config.EngineConfig), config_sha256, checksums (JSON, tensor name to the SHA-256 of its bytes), created_by.
+Tensors, by Hugging Face's module names:
 
     <linear>.w_packed uint8, <linear>.weight_scale fp32 (), [<linear>.bias fp32 (N,)],
     [<linear>.input_norm.weight fp32 (K,)]
-    <embedding>.w_int8 int8 (V, D)   <embedding>.row_scale fp32 (V,)      lm_head too, unless it is tied
+    <embedding>.scan uint8, <embedding>.rest uint8, <embedding>.row_scale fp32 (V,), and for the output head's bounds
+    <embedding>.row_norm fp32 (V,) >= |w_int8|, <embedding>.rest_norm fp32 (V,) >= |(u & 7) - 3.5|, u = w_int8 + 128;
+    <embedding> is model.embed_tokens, and lm_head unless it is tied
     <norm>.weight fp32        tokenizer.json, task.json uint8: their bytes (task.json: null, or the prompt and labels)
 """
 
@@ -36,22 +21,25 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
+from bitdistill_core.panels import LINE_BYTES, pack_int8_rows, pack_ternary, packed_shape, rest_shape, scan_shape
 
 FORMAT = "bitdistill"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
-PANEL_ROWS, LINE_K, LINE_BYTES = 16, 16, 64
+STREAMED = (".w_packed", ".scan")  # names end so
+HASH_BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "F32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -80,6 +68,8 @@ class PackedModel:
     path: Path
     config: EngineConfig
     tensors: dict[str, np.ndarray]
+    offsets: dict[str, int]  # of each tensor's first byte in the file
+    file: BinaryIO  # open as long as the model is
     created_by: str
 
     @property
@@ -87,42 +77,6 @@ class PackedModel:
         """What the model was trained for: name, kind, prompt, label_words."""
         task: dict[str, Any] | None = json.loads(self.tensors[TASK].tobytes())
         return task
-
-
-def packed_shape(n: int, k: int) -> tuple[int, int, int]:
-    """Shape of `w_packed` for N = n rows of K = k columns."""
-    return -(-n // PANEL_ROWS), -(-k // LINE_K), LINE_BYTES
-
-
-def pack_ternary(w_ternary: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """`w_packed` of (N, K) codes in {-1, 0, 1}, in the panel layout of this module's docstring."""
-    if w_ternary.ndim != 2 or 0 in w_ternary.shape:
-        raise ValueError(f"packing needs a matrix (N, K) that is not empty; got shape={w_ternary.shape}")
-    if w_ternary.dtype != np.int8 or w_ternary.min() < -1 or w_ternary.max() > 1:
-        raise ValueError(
-            f"packing needs int8 codes -1, 0 and 1; got dtype={w_ternary.dtype} min={w_ternary.min()} "
-            f"max={w_ternary.max()}; quantise with quantize_weight first"
-        )
-    n, k = w_ternary.shape
-    panels, lines, _ = packed_shape(n, k)
-    codes = np.ones((panels * PANEL_ROWS, lines * LINE_K), np.uint8)
-    codes[:n, :k] = w_ternary + 1
-    by_plane = codes.reshape(panels, PANEL_ROWS, lines, 4, 4).transpose(3, 0, 2, 1, 4)  # plane, panel, line, row, j
-    packed = by_plane[0] | by_plane[1] << 2 | by_plane[2] << 4 | by_plane[3] << 6
-    return packed.reshape(panels, lines, LINE_BYTES)
-
-
-def unpack_ternary(w_packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.int8]:
-    """The (N, K) codes in {-1, 0, 1} that `pack_ternary` packed."""
-    if w_packed.shape != packed_shape(n, k):
-        raise ValueError(f"w_packed of n={n} k={k} has shape {packed_shape(n, k)}; got shape={w_packed.shape}")
-    panels, lines, _ = w_packed.shape
-    line_rows = w_packed.reshape(panels, lines, PANEL_ROWS, 4)
-    planes = np.stack([line_rows >> 2 * plane & 3 for plane in range(4)], axis=3)  # panel, line, row, plane, j
-    codes = planes.transpose(0, 2, 1, 3, 4).reshape(panels * PANEL_ROWS, lines * LINE_K)[:n, :k]
-    if (codes == 3).any():
-        raise ValueError("w_packed holds code 3, which is no ternary weight; the bytes are corrupted; pack it again")
-    return codes.astype(np.int8) - 1
 
 
 def write_student(
@@ -161,21 +115,20 @@ def write_student(
     for name, weight in norms.items():
         tensors[f"{name}.weight"] = _float32(weight)
     for name, rows in embeddings.items():
+        tensors[f"{name}.scan"], tensors[f"{name}.rest"] = pack_int8_rows(rows.w_int8)
         tensors[f"{name}.row_scale"] = _float32(rows.row_scale)
-    for name, rows in embeddings.items():
-        tensors[f"{name}.w_int8"] = np.ascontiguousarray(rows.w_int8)
+        tensors[f"{name}.row_norm"] = _norms(rows.w_int8, 0xFF, -128.0)
+        tensors[f"{name}.rest_norm"] = _norms(rows.w_int8, 0x07, -3.5)
     tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
     tensors[TASK] = np.frombuffer(json.dumps(task).encode(), np.uint8)
     _check_tensors("the model", engine, tensors)
-    for name, tensor in tensors.items():
-        if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
-            raise ValueError(f"a packed model holds finite numbers only; got NaN or infinity in tensor={name}")
+    _check_finite("the model", tensors)
     write_packed(path, config=config, tensors=tensors, created_by=created_by)
 
 
 def write_packed(path: Path, *, config: dict[str, Any], tensors: Mapping[str, np.ndarray], created_by: str) -> None:
     """Writes checked `tensors` with checksums, atomically: a temporary file beside `path`, fsync, then a rename."""
-    order = sorted(tensors, key=lambda name: (not name.endswith(".w_packed"), tensors[name].dtype != np.float32))
+    order = sorted(tensors, key=lambda name: (not name.endswith(STREAMED), tensors[name].dtype != np.float32))
     config_json = json.dumps(config, sort_keys=True)
     checksums = {name: hashlib.sha256(tensors[name].data).hexdigest() for name in order}
     header: dict[str, Any] = {
@@ -218,7 +171,16 @@ def read_packed(path: Path) -> PackedModel:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a packed model is a file written by the pack stage; none found at path={path}")
-    header, metadata, data_begin = _read_header(path)
+    file = open(path, "rb")  # noqa: SIM115  (the model keeps it)
+    try:
+        return _read(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read(path: Path, file: BinaryIO) -> PackedModel:
+    header, metadata, data_begin = _read_header(path, file)
     if metadata["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"this engine reads format_version={FORMAT_VERSION}; got format_version={metadata['format_version']} in "
@@ -226,17 +188,55 @@ def read_packed(path: Path) -> PackedModel:
         )
     checksums = _check_header(path, header, metadata)
     expected_size = data_begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     if size != expected_size:
         fault = "is truncated" if size < expected_size else "has bytes after its end"
         raise ValueError(f"path={path} {fault}: expected_bytes={expected_size} got bytes={size}; copy or pack it again")
     config = EngineConfig.from_dict(json.loads(metadata["config"]))
-    tensors = _map_tensors(path, header, data_begin)
+    tensors = _map_tensors(file, header, data_begin)
     _check_tensors(f"path={path}", config, tensors)
+    offsets = {name: data_begin + entry["data_offsets"][0] for name, entry in header.items()}
+    # The bytes are read, not mapped, so that what is never used afterwards does not stay in memory.
+    with ThreadPoolExecutor() as pool:
+        largest_first = sorted(tensors, key=lambda name: -tensors[name].nbytes)
+        digests = pool.map(lambda name: _digest(file.fileno(), offsets[name], tensors[name].nbytes), largest_first)
+        for name, digest in zip(largest_first, digests, strict=True):
+            if digest != checksums.get(name):
+                raise ValueError(
+                    f"path={path} is corrupted: the checksum of tensor={name} differs; copy or pack it again"
+                )
+    _check_finite(f"path={path}", tensors)
+    return PackedModel(path, config, tensors, offsets, file, metadata["created_by"])
+
+
+def _digest(descriptor: int, offset: int, size: int) -> str:
+    """SHA-256 of `size` bytes of a file."""
+    digest, end = hashlib.sha256(), offset + size
+    while offset < end:
+        block = os.pread(descriptor, min(HASH_BLOCK_BYTES, end - offset), offset)
+        if not block:
+            break  # truncated meanwhile: the checksum will differ
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
+
+
+def _check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
-        if hashlib.sha256(tensor.data).hexdigest() != checksums.get(name):
-            raise ValueError(f"path={path} is corrupted: the checksum of tensor={name} differs; copy or pack it again")
-    return PackedModel(path, config, tensors, metadata["created_by"])
+        if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
+            raise ValueError(
+                f"a packed model holds finite numbers only; got NaN or infinity in tensor={name} ({source})"
+            )
+
+
+def _norms(w_int8: NDArray[np.int8], mask: int, shift: float) -> NDArray[np.float32]:
+    """(V,) |(u & mask) + shift| of each row, u = w_int8 + 128, rounded up: they bound what a row can contribute."""
+    norms = np.empty(len(w_int8), np.float32)
+    for begin in range(0, len(w_int8), 8192):
+        block = ((w_int8[begin : begin + 8192].view(np.uint8) ^ 0x80) & mask).astype(np.float32) + np.float32(shift)
+        exact = np.sqrt(np.einsum("vd,vd->v", block, block, dtype=np.float64))
+        norms[begin : begin + 8192] = np.nextafter(exact.astype(np.float32), np.float32(np.inf))
+    return norms
 
 
 def _packed(name: str, w_ternary: NDArray[np.int8], shape: tuple[int, int] | None) -> NDArray[np.uint8]:
@@ -255,7 +255,7 @@ def _float32(values: Any) -> NDArray[np.float32]:
 
 def _expected_tensors(config: EngineConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Name to dtype and shape of every tensor of a packed file but the tokenizer."""
-    uint8, int8, float32 = _DTYPES["U8"], _DTYPES["I8"], _DTYPES["F32"]
+    uint8, float32 = _DTYPES["U8"], _DTYPES["F32"]
     expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for name, linear in linear_layers(config).items():
         expected[f"{name}.w_packed"] = uint8, packed_shape(linear.n, linear.k)
@@ -267,8 +267,10 @@ def _expected_tensors(config: EngineConfig) -> dict[str, tuple[np.dtype, tuple[i
     for name, size in norm_layers(config).items():
         expected[f"{name}.weight"] = float32, (size,)
     for name in ("model.embed_tokens",) if config.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
-        expected[f"{name}.w_int8"] = int8, (config.vocab_size, config.hidden_size)
-        expected[f"{name}.row_scale"] = float32, (config.vocab_size,)
+        expected[f"{name}.scan"] = uint8, scan_shape(config.vocab_size, config.hidden_size)
+        expected[f"{name}.rest"] = uint8, rest_shape(config.vocab_size, config.hidden_size)
+        for scalars in ("row_scale", "row_norm", "rest_norm"):
+            expected[f"{name}.{scalars}"] = float32, (config.vocab_size,)
     return expected
 
 
@@ -293,15 +295,14 @@ def _check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.n
             )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
     """Tensor entries, metadata, and the offset of the first tensor byte."""
     not_ours = f"path={path} is not a packed bitdistill model; make one with the pack stage"
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = file.read(1)
-        if start != b"{" or length > MAX_HEADER_BYTES:
-            raise ValueError(not_ours)
-        header_json = start + file.read(length - 1)
+    length = int.from_bytes(file.read(8), "little")
+    start = file.read(1)
+    if start != b"{" or length > MAX_HEADER_BYTES:
+        raise ValueError(not_ours)
+    header_json = start + file.read(length - 1)
     if len(header_json) < length:
         raise ValueError(f"path={path} is truncated inside its header; copy or pack it again")
     try:
@@ -335,8 +336,8 @@ def _check_header(path: Path, header: dict[str, Any], metadata: dict[str, str]) 
     return checksums
 
 
-def _map_tensors(path: Path, header: dict[str, Any], data_begin: int) -> dict[str, np.ndarray]:
-    data = np.memmap(path, np.uint8, mode="r")[data_begin:]
+def _map_tensors(file: BinaryIO, header: dict[str, Any], data_begin: int) -> dict[str, np.ndarray]:
+    data = np.memmap(file, np.uint8, mode="r")[data_begin:]
     return {
         name: np.ndarray(tuple(entry["shape"]), _DTYPES[entry["dtype"]], data[slice(*entry["data_offsets"])].data)
         for name, entry in header.items()

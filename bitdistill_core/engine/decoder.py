@@ -1,125 +1,154 @@
-"""The decoder of a packed student: token ids in, final hidden states out, with a key-value cache."""
+"""The native model of a packed file: the arrays and numbers that bitdistill_core/engine/native works on."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.engine.config import EngineConfig, linear_layers
-from bitdistill_core.engine.layers import (
-    Floats,
-    PackedBitLinear,
-    activate,
-    causal_attention,
-    embed,
-    inverse_frequencies,
-    project_to_vocabulary,
-    rms_norm,
-    rotate,
-    rotation,
-    softcap,
-)
-from bitdistill_core.packing import Int8Rows, PackedModel
+from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
+from bitdistill_core.engine.kernels import _native
+from bitdistill_core.packing import PackedModel
 
-Rotation = tuple[Floats, Floats]
+Floats = NDArray[np.float32]
 
-
-class KeyValueCache:
-    """Keys and values of every layer, (L, Hkv, capacity, d) fp32, for the first `length` positions."""
-
-    def __init__(self, config: EngineConfig, capacity: int) -> None:
-        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = np.empty(shape, np.float32)
-        self.values = np.empty(shape, np.float32)
-        self.length = 0
-
-    def extend(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
-        """Stores (T, Hkv, d) after `length` and returns all positions, (Hkv, length + T, d)."""
-        end = self.length + len(keys)
-        self.keys[layer, :, self.length : end] = keys.transpose(1, 0, 2)
-        self.values[layer, :, self.length : end] = values.transpose(1, 0, 2)
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """One block: attention and gated MLP, each added to the residual stream."""
-
-    index: int
-    config: EngineConfig
-    linears: dict[str, PackedBitLinear]  # by the last part of their name
-    norms: dict[str, Floats]
-
-    def __call__(self, x: Floats, cache: KeyValueCache, rotations: dict[str, Rotation]) -> Floats:
-        attended = self._attention(self._norm("input_layernorm", x), cache, rotations)
-        if not self.config.has_feedforward_norms:
-            x = x + attended
-            return x + self._mlp(self._norm("post_attention_layernorm", x))
-        x = x + self._norm("post_attention_layernorm", attended)
-        inner = self._mlp(self._norm("pre_feedforward_layernorm", x))
-        return x + self._norm("post_feedforward_layernorm", inner)
-
-    def _attention(self, x: Floats, cache: KeyValueCache, rotations: dict[str, Rotation]) -> Floats:
-        config, layer_type = self.config, self.config.layer_types[self.index]
-        queries = self.linears["q_proj"](x).reshape(len(x), config.num_attention_heads, config.head_dim)
-        keys = self.linears["k_proj"](x).reshape(len(x), config.num_key_value_heads, config.head_dim)
-        values = self.linears["v_proj"](x).reshape(len(x), config.num_key_value_heads, config.head_dim)
-        if config.has_qk_norm:
-            queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)
-        queries, keys = rotate(queries, *rotations[layer_type]), rotate(keys, *rotations[layer_type])
-        all_keys, all_values = cache.extend(self.index, keys, values)
-        attended = causal_attention(
-            queries,
-            all_keys,
-            all_values,
-            first_position=cache.length,
-            scale=config.attention_scale,
-            window=config.sliding_window if layer_type == "sliding_attention" else None,
-        )
-        return self.linears["o_proj"](attended)
-
-    def _mlp(self, x: Floats) -> Floats:
-        gate = activate(self.linears["gate_proj"](x), self.config.hidden_activation)
-        return self.linears["down_proj"](gate * self.linears["up_proj"](x))
-
-    def _norm(self, name: str, x: Floats) -> Floats:
-        return rms_norm(x, self.norms[name], self.config.rms_norm_eps, self.config.norm_weight_offset)
+KV_DTYPES = ("float32", "float16")
 
 
 class Decoder:
-    """All layers of a packed model. Holds no state between calls: that is the cache."""
+    """All layers and the output head. Holds no state between calls: that is the cache."""
 
     def __init__(self, model: PackedModel, *, kernel: str, num_threads: int) -> None:
+        self.model = model  # keeps the map and the file
         config, tensors = model.config, model.tensors
-        self.config = config
-        self.embedding = Int8Rows(tensors["model.embed_tokens.w_int8"], tensors["model.embed_tokens.row_scale"])
-        self.head = self.embedding
-        if not config.tie_word_embeddings:
-            self.head = Int8Rows(tensors["lm_head.w_int8"], tensors["lm_head.row_scale"])
-        self.final_norm = tensors["model.norm.weight"]
-        self.frequencies = {kind: inverse_frequencies(rope, config.head_dim) for kind, rope in config.rope.items()}
-        linears: list[dict[str, PackedBitLinear]] = [{} for _ in range(config.num_hidden_layers)]
-        for name, layer in linear_layers(config).items():
-            linears[int(name.split(".")[2])][name.rpartition(".")[2]] = PackedBitLinear(
-                tensors, name, layer.n, sub_norm_eps=config.sub_norm_eps, kernel=kernel, num_threads=num_threads
-            )
-        norms: list[dict[str, Floats]] = [{} for _ in range(config.num_hidden_layers)]
         for name, tensor in tensors.items():
-            if name.startswith("model.layers.") and name.endswith("norm.weight") and "_proj." not in name:
-                norms[int(name.split(".")[2])][name.split(".")[-2]] = tensor
-        self.layers = [DecoderLayer(i, config, linears[i], norms[i]) for i in range(config.num_hidden_layers)]
+            if name.endswith(".w_packed") and _native.has_code_3(tensor.reshape(-1)):
+                raise ValueError(
+                    f"path={model.path} is corrupted: tensor={name} holds code 3, no ternary weight; pack it again"
+                )
+        embedding = _rows(model, "model.embed_tokens")
+        self._native = _native.Model(
+            config=_native_config(config),
+            layers=_native_layers(config, tensors),
+            final_norm=tensors["model.norm.weight"],
+            embedding=embedding,
+            head=embedding if config.tie_word_embeddings else _rows(model, "lm_head"),
+            kernel=kernel,
+            num_threads=num_threads,
+        )
+        self.hidden_size = config.hidden_size
 
-    def forward(self, ids: NDArray[np.int64], cache: KeyValueCache) -> Floats:
-        """(T, D) final hidden states of `ids`, which follow the positions in `cache`; the cache grows by them."""
-        x = embed(self.embedding, ids)
-        if self.config.embedding_multiplier != 1.0:
-            x *= np.float32(self.config.embedding_multiplier)
-        rotations = {kind: rotation(freq, cache.length, len(ids)) for kind, freq in self.frequencies.items()}
-        for layer in self.layers:
-            x = layer(x, cache, rotations)
-        cache.length += len(ids)
-        return rms_norm(x, self.final_norm, self.config.rms_norm_eps, self.config.norm_weight_offset)
+    def new_cache(self, capacity: int, kv_dtype: str = "float32") -> _native.KeyValueCache:
+        """Keys and values of up to `capacity` positions of one sequence; memory is taken as they come."""
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}; got kv_dtype={kv_dtype}")
+        return self._native.new_cache(capacity, kv_dtype == "float16")
+
+    def forward(
+        self,
+        segments: Sequence[NDArray[np.int32]],
+        outputs: Sequence[int],
+        *,
+        parents: Sequence[int] | None = None,
+        cache: _native.KeyValueCache | None = None,
+    ) -> Floats:
+        """Final hidden states (len(outputs), padded D) of the tokens `outputs`, counted through all segments.
+
+        Args:
+            segments: token ids; tokens of different segments do not see each other.
+            parents: for each segment the earlier segment it continues, or -1. None: no segment continues another.
+            cache: of one sequence; then there is one segment, which follows the positions in the cache and joins them.
+        """
+        return self._native.forward(list(segments), list(parents or [-1] * len(segments)), list(outputs), cache)
+
+    def row_logits(self, hidden: Floats, rows: Sequence[int]) -> Floats:
+        """(T, len(rows)) logits of some tokens of the vocabulary."""
+        return self._native.row_logits(hidden, list(rows))
 
     def logits(self, hidden: Floats) -> Floats:
-        """(T, V) fp32 logits of final hidden states."""
-        return softcap(project_to_vocabulary(self.head, hidden), self.config.final_logit_softcapping)
+        """(T, V) logits."""
+        return self._native.logits(hidden)
+
+    def top(self, hidden: Floats, count: int) -> list[tuple[int, float]]:
+        """The `count` largest (token, logit) of one hidden state (1, padded D), exactly those of `logits`."""
+        largest, _ = self._native.top(hidden, count)
+        if not largest:
+            raise ValueError("the model computed no finite logits; its weights overflow float32")
+        return largest
+
+    def top_statistics(self, hidden: Floats, count: int) -> tuple[int, int]:
+        """How many rows `top` read in full, and how many it computed in float32."""
+        return self._native.top(hidden, count)[1]
+
+
+def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Floats:
+    """(head_dim / 2,) rotary frequencies 1 / theta^(2i / head_dim), scaled as `linear` or `llama3` says."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies: Floats = np.float32(1) / np.power(np.float32(rope["rope_theta"]), exponents)
+    if rope["rope_type"] == "linear":
+        return frequencies / np.float32(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: Floats, rope: dict[str, Any]) -> Floats:
+    """Long wavelengths slowed by `factor`, short ones kept, interpolated between (Llama 3.1)."""
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
+    slowed = np.where(wavelengths > context / low, frequencies / rope["factor"], between)
+    return np.where(wavelengths < context / high, frequencies, slowed).astype(np.float32)
+
+
+def _native_config(config: EngineConfig) -> dict[str, Any]:
+    fields = config.to_dict()
+    fields["final_logit_softcapping"] = config.final_logit_softcapping or 0.0
+    fields["frequencies"] = [inverse_frequencies(rope, config.head_dim).tolist() for rope in config.rope.values()]
+    return fields
+
+
+def _native_layers(config: EngineConfig, tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    kinds = list(config.rope)
+    layers: list[dict[str, Any]] = [
+        {
+            "linears": {},
+            "norms": {},
+            "window": (config.sliding_window or 0) if layer_type == SLIDING else 0,
+            "rope": kinds.index(layer_type),
+        }
+        for layer_type in config.layer_types
+    ]
+    for name, linear in linear_layers(config).items():
+        layers[int(name.split(".")[2])]["linears"][name.rpartition(".")[2]] = _native_linear(name, linear, tensors)
+    for name, tensor in tensors.items():
+        if name.startswith("model.layers.") and name.endswith("norm.weight") and "_proj." not in name:
+            layers[int(name.split(".")[2])]["norms"][name.split(".")[-2]] = tensor
+    return layers
+
+
+def _native_linear(name: str, linear: LinearLayer, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "w_packed": tensors[f"{name}.w_packed"],
+        "weight_scale": float(tensors[f"{name}.weight_scale"]),
+        "bias": tensors.get(f"{name}.bias"),
+        "input_norm": tensors.get(f"{name}.input_norm.weight"),
+        "n": linear.n,
+        "k": linear.k,
+    }
+
+
+def _rows(model: PackedModel, name: str) -> dict[str, Any]:
+    return {
+        "scan": model.tensors[f"{name}.scan"],
+        "row_scale": model.tensors[f"{name}.row_scale"],
+        "row_norm": model.tensors[f"{name}.row_norm"],
+        "rest_norm": model.tensors[f"{name}.rest_norm"],
+        "file": model.file.fileno(),
+        "scan_offset": model.offsets[f"{name}.scan"],
+        "rest_offset": model.offsets[f"{name}.rest"],
+        "vocab_size": model.config.vocab_size,
+        "size": model.config.hidden_size,
+    }

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.packing import LINE_BYTES, LINE_K, PANEL_ROWS
+from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS
 
 try:
     from bitdistill_core.engine import _native
@@ -19,6 +19,11 @@ except ImportError as error:
 def available_kernels() -> list[str]:
     """Kernels this processor can run, fastest first; "scalar" is always among them."""
     return _native.available_kernels()
+
+
+def built_kernels() -> dict[str, str]:
+    """Kernels of this build, fastest first, and what a processor must have for each."""
+    return dict(_native.built_kernels())
 
 
 def active_kernel() -> str:

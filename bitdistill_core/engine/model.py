@@ -1,79 +1,134 @@
-"""Engine: load a packed student, then score or generate on the CPU. No PyTorch.
+"""Engine: load a packed student, then score, generate or embed on the CPU. No PyTorch.
 
-The ternary layers run in the native kernels on `num_threads` threads; the rest is NumPy, whose BLAS keeps its own
-thread setting. An engine holds no state between calls, so one engine may serve several threads.
+An engine holds no state between calls and every call releases the GIL, so one engine may serve several threads: one
+call at a time is spread over the engine's threads, the others run on their own. What a sequence gets does not depend
+on what is computed beside it or on the number of threads, to the last bit.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill_core.engine.batching import batches
 from bitdistill_core.engine.config import linear_layers
-from bitdistill_core.engine.decoder import Decoder, KeyValueCache
+from bitdistill_core.engine.decoder import Decoder, Floats
 from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
 from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
 from bitdistill_core.packing import TOKENIZER, PackedModel, read_packed
 
+Ids = NDArray[np.int32]
+
+PREFILL_TOKENS = 288  # of a prompt at once
+LOGIT_ROWS = 16  # rows of logits over the whole vocabulary at once
+
 
 class Engine:
     """A packed model ready to run; make one with `Engine.load`."""
 
-    def __init__(self, model: PackedModel, *, kernel: str, num_threads: int) -> None:
+    def __init__(self, model: PackedModel, *, kernel: str, num_threads: int, kv_dtype: str) -> None:
         self.model = model
         self.config = model.config
         self.kernel = kernel
         self.num_threads = num_threads
+        self.kv_dtype = kv_dtype
         self.tokenizer = EngineTokenizer(model.tensors[TOKENIZER].tobytes())
         self._decoder = Decoder(model, kernel=kernel, num_threads=num_threads)
+        self._decoder.new_cache(1, kv_dtype)  # refuses another dtype
 
     @classmethod
-    def load(cls, path: str | Path, *, num_threads: int = 0, kernel: str | None = None) -> "Engine":
+    def load(
+        cls, path: str | Path, *, num_threads: int = 0, kernel: str | None = None, kv_dtype: str = "float32"
+    ) -> "Engine":
         """The model at `path`, verified and memory-mapped.
 
         Args:
-            num_threads: for the ternary kernels; 0 is every core this process may use.
+            num_threads: 0 is every core this process may use.
             kernel: one of `available_kernels()`; None takes the fastest this processor has.
+            kv_dtype: float32 or float16, of the keys and values kept while generating. float32 repeats the student's
+                tokens; float16 halves the memory and reads a long context faster.
         """
         threads, chosen = resolve_num_threads(num_threads), resolve_kernel(kernel)
-        return cls(read_packed(Path(path)), kernel=chosen, num_threads=threads)
+        return cls(read_packed(Path(path)), kernel=chosen, num_threads=threads, kv_dtype=kv_dtype)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(T, V) logits after each token of `ids`."""
         tokens = self._checked(ids, "ids")
-        return self._decoder.logits(self._decoder.forward(tokens, KeyValueCache(self.config, len(tokens))))
+        hidden = self._decoder.forward([tokens], range(len(tokens)))
+        return np.concatenate(
+            [self._decoder.logits(hidden[row : row + LOGIT_ROWS]) for row in range(0, len(hidden), LOGIT_ROWS)]
+        )
 
     def score(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float64]:
-        """(B, num_labels) log-probability of each label after each prompt: the sum over the label's tokens.
+        """(B, num_labels) log-probability of each label after each prompt, among the labels: rows sum to 1 as exp.
 
-        Prompts are encoded with the tokenizer's special tokens, labels without. A prompt is computed once.
+        A label's probability is the product over its tokens. Prompts are encoded with the tokenizer's special tokens,
+        labels without. Where every label is one token, no other row of the vocabulary is computed.
         """
         if not prompts or not labels:
             raise ValueError(
                 f"scoring needs a prompt and a label; got num_prompts={len(prompts)} num_labels={len(labels)}"
             )
         label_ids = [self.tokenizer.encode(label) for label in labels]
-        scores = np.empty((len(prompts), len(labels)), np.float64)
-        for row, prompt in enumerate(prompts):
-            prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-            scores[row] = [log_probability for log_probability, _ in self._continuations(prompt_ids, label_ids)]
-        return scores
+        prompt_ids = [self.tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts]
+        if all(len(ids) == 1 for ids in label_ids):
+            return log_softmax(self.score_tokens(prompt_ids, [ids[0] for ids in label_ids]))
+        pairs = [(prompt, label) for prompt in prompt_ids for label in label_ids]
+        scores = np.array([log_probability for log_probability, _ in self.score_ids(pairs)])
+        return log_softmax(scores.reshape(len(prompts), len(labels)))
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """(B, len(token_ids)) logits of some tokens after each sequence; other rows of the head are not computed."""
+        if not sequences:
+            raise ValueError("scoring needs at least one sequence of token ids; got an empty batch")
+        tokens = [self._checked(sequence, "prompt") for sequence in sequences]
+        rows = self._checked(token_ids, "labels", is_text=False).tolist()
+        return np.concatenate([self._decoder.row_logits(hidden, rows) for hidden, _ in self._hidden(tokens)])
 
     def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability, and whether greedy decoding gives it.
 
-        Neighbours with the same context share its computation.
+        A context that several pairs share is computed once.
         """
         if not pairs:
             raise ValueError("scoring needs at least one (context_ids, continuation_ids); got an empty batch")
-        scores: list[tuple[float, bool]] = []
-        for context, group in groupby(pairs, key=lambda pair: tuple(pair[0])):
-            scores.extend(self._continuations(context, [continuation for _, continuation in group]))
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, _) in enumerate(pairs):
+            by_context.setdefault(tuple(context), []).append(index)
+        contexts = [self._checked(context, "prompt") for context in by_context]
+        targets = [[self._checked(pairs[i][1], "continuation") for i in indices] for indices in by_context.values()]
+        for tokens, continuations in zip(contexts, targets, strict=True):
+            length = len(tokens) + max(len(continuation) for continuation in continuations) - 1
+            self._check_length(length, "prompt and continuation")
+        branches = [[continuation[:-1] for continuation in continuations] for continuations in targets]
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        indices_of = list(by_context.values())
+        for hidden, sequences in self._hidden(contexts, branches):
+            log_probabilities = self._rows_of_log_probabilities(hidden)
+            for order in sequences:
+                first = next(log_probabilities)
+                for index, continuation in zip(indices_of[order], targets[order], strict=True):
+                    rows = [first] + [next(log_probabilities) for _ in continuation[:-1]]
+                    total = sum(float(row[token]) for row, token in zip(rows, continuation, strict=True))
+                    is_greedy = all(int(row.argmax()) == token for row, token in zip(rows, continuation, strict=True))
+                    scores[index] = total, is_greedy
         return scores
+
+    def embed(self, texts: Sequence[str], pooling: Literal["last", "mean"] = "last") -> NDArray[np.float32]:
+        """(B, D) final hidden state of each text's last token, or the mean over its tokens."""
+        if not texts or pooling not in ("last", "mean"):
+            raise ValueError(
+                f"embedding needs a text and pooling last or mean; got num_texts={len(texts)} pooling={pooling}"
+            )
+        tokens = [self._checked(self.tokenizer.encode(text, add_special_tokens=True), "text") for text in texts]
+        if pooling == "last":
+            hidden = np.concatenate([hidden for hidden, _ in self._hidden(tokens)])
+        else:
+            hidden = np.stack([self._decoder.forward([ids], range(len(ids))).mean(axis=0) for ids in tokens])
+        return np.ascontiguousarray(hidden[:, : self.config.hidden_size])
 
     def generate_ids(
         self,
@@ -120,7 +175,8 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """Architecture, parameters, bytes by part, kernel and threads."""
         tensors = self.model.tensors
-        rows = {name: tensor.nbytes for name, tensor in tensors.items() if name.endswith((".w_int8", ".row_scale"))}
+        endings = (".scan", ".rest", ".row_scale", ".row_norm", ".rest_norm")
+        rows = {name: tensor.nbytes for name, tensor in tensors.items() if name.endswith(endings)}
         ternary = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(".w_packed"))
         total = sum(tensor.nbytes for tensor in tensors.values())
         bytes_by_part = {
@@ -131,13 +187,16 @@ class Engine:
         }
         bytes_by_part["norms_biases_scales"] = total - sum(bytes_by_part.values())
         linears = linear_layers(self.config).values()
-        dense = [name for name in tensors if name.endswith((".weight", ".bias", ".w_int8"))]
+        dense = sum(tensor.size for name, tensor in tensors.items() if name.endswith((".weight", ".bias")))
+        num_embeddings = 1 if self.config.tie_word_embeddings else 2
+        ternary_parameters = sum(layer.n * layer.k for layer in linears)
+        embedding_parameters = num_embeddings * self.config.vocab_size * self.config.hidden_size
         return {
             "model_type": self.config.model_type,
             "num_layers": self.config.num_hidden_layers,
             "subln": self.config.subln,
-            "num_parameters": sum(layer.n * layer.k for layer in linears) + sum(tensors[name].size for name in dense),
-            "num_ternary_parameters": sum(layer.n * layer.k for layer in linears),
+            "num_parameters": ternary_parameters + embedding_parameters + dense,
+            "num_ternary_parameters": ternary_parameters,
             "bytes": bytes_by_part,
             "file_bytes": self.model.path.stat().st_size,
             "created_by": self.model.created_by,
@@ -145,44 +204,48 @@ class Engine:
             "num_threads": self.num_threads,
         }
 
-    def _continuations(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[tuple[float, bool]]:
-        prompt = self._checked(context, "prompt")
-        checked = [self._checked(continuation, "continuation") for continuation in continuations]
-        length = len(prompt) + max(len(continuation) for continuation in checked) - 1
-        self._check_length(length, "prompt and continuation")
-        cache = KeyValueCache(self.config, length)
-        first = log_softmax(self._decoder.logits(self._decoder.forward(prompt, cache)[-1:]))
-        scores = []
-        for continuation in checked:
-            rows = first
-            if len(continuation) > 1:
-                cache.length = len(prompt)
-                hidden = self._decoder.forward(continuation[:-1], cache)
-                rows = np.concatenate((first, log_softmax(self._decoder.logits(hidden))))
-            log_probability = float(rows[np.arange(len(continuation)), continuation].sum())
-            scores.append((log_probability, bool((rows.argmax(axis=-1) == continuation).all())))
-        return scores
+    def _hidden(
+        self, sequences: Sequence[Ids], branches: Sequence[Sequence[Ids]] | None = None
+    ) -> Iterator[tuple[Floats, range]]:
+        """Hidden states that `batches` wants, a batch at a time, and the sequences they belong to."""
+        for batch, indices in batches(sequences, branches or [()] * len(sequences)):
+            yield self._decoder.forward(batch.segments, batch.outputs, parents=batch.parents), indices
+
+    def _rows_of_log_probabilities(self, hidden: Floats) -> Iterator[NDArray[np.float64]]:
+        for row in range(0, len(hidden), LOGIT_ROWS):
+            yield from log_softmax(self._decoder.logits(hidden[row : row + LOGIT_ROWS]))
 
     def _generate(
         self,
-        tokens: NDArray[np.int64],
+        tokens: Ids,
         max_new_tokens: int,
         sampling: Sampling,
         generator: np.random.Generator,
         eos_token_ids: Sequence[int],
     ) -> Iterator[int]:
-        cache = KeyValueCache(self.config, len(tokens) + max_new_tokens - 1)
-        for _ in range(max_new_tokens):
-            hidden = self._decoder.forward(tokens, cache)[-1:]
-            token = choose_token(self._decoder.logits(hidden)[0], sampling, generator)
+        cache = self._decoder.new_cache(len(tokens) + max_new_tokens - 1, self.kv_dtype)
+        for begin in range(0, len(tokens), PREFILL_TOKENS):
+            part = tokens[begin : begin + PREFILL_TOKENS]
+            hidden = self._decoder.forward([part], [len(part) - 1], cache=cache)
+        for number in range(max_new_tokens):
+            token = choose_token(*self._candidates(hidden, sampling), sampling, generator)
             if token in eos_token_ids:
                 return
             yield token
-            tokens = np.array([token], np.int64)
+            if number + 1 < max_new_tokens:
+                hidden = self._decoder.forward([np.array([token], np.int32)], [0], cache=cache)
 
-    def _checked(self, ids: Sequence[int], what: str) -> NDArray[np.int64]:
+    def _candidates(self, hidden: Floats, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens and logits that sampling chooses from, largest first; of equals the lowest token first."""
+        count = 1 if sampling.temperature == 0 else sampling.top_k
+        if count:
+            tokens, logits = zip(*self._decoder.top(hidden, min(count, self.config.vocab_size)), strict=True)
+            return np.array(tokens, np.int64), np.array(logits, np.float64)
+        every = self._decoder.logits(hidden)[0].astype(np.float64)
+        order = np.argsort(-every, kind="stable")
+        return order, every[order]
+
+    def _checked(self, ids: Sequence[int], what: str, *, is_text: bool = True) -> Ids:
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ValueError(f"the {what} must be one list of at least one token id; got shape={tokens.shape}")
@@ -194,8 +257,9 @@ class Engine:
                 f"token ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}; got token_id={wrong} "
                 f"in the {what}"
             )
-        self._check_length(len(tokens), what)
-        return tokens.astype(np.int64)
+        if is_text:
+            self._check_length(len(tokens), what)
+        return tokens.astype(np.int32)
 
     def _check_length(self, length: int, what: str) -> None:
         if length > self.config.max_position_embeddings:

@@ -22,21 +22,22 @@ class Sampling:
             )
 
 
-def choose_token(logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
-    """Token id from (V,) logits. A greedy tie takes the lowest id."""
+def choose_token(
+    tokens: NDArray[np.int64], logits: NDArray[np.float64], sampling: Sampling, generator: np.random.Generator
+) -> int:
+    """One of `tokens`, which are in order of falling logits: all of the vocabulary, or the largest `top_k`."""
     if sampling.temperature == 0:
-        return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
+        return int(tokens[0])
+    scaled = logits / sampling.temperature
     if sampling.top_k:
-        order = order[: sampling.top_k]
-    probabilities = np.exp(scaled[order] - scaled[order[0]])
+        tokens, scaled = tokens[: sampling.top_k], scaled[: sampling.top_k]
+    probabilities = np.exp(scaled - scaled[0])
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
         before = np.cumsum(probabilities) - probabilities
         kept = int(np.count_nonzero(before < sampling.top_p))  # the first token always
-        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-    return int(generator.choice(order, p=probabilities))
+        tokens, probabilities = tokens[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return int(generator.choice(tokens, p=probabilities))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

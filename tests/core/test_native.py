@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bitdistill_core.engine import kernels
-from bitdistill_core.packing import pack_ternary
+from bitdistill_core.panels import pack_ternary
 
 ROWS = (1, 15, 16, 17, 33)
 COLUMNS = (1, 4, 15, 16, 17, 100, 4096)

@@ -1,4 +1,4 @@
-"""Packing: the bit layout by hand, the round trip, and one clear error for every way a file can be wrong."""
+"""The packed file: the round trip, and one clear error for every way a file can be wrong."""
 
 import contextlib
 import json
@@ -8,22 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bitdistill_core import packing
 from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
-from bitdistill_core.packing import (
-    Int8Rows,
-    TernaryLinear,
-    pack_ternary,
-    packed_shape,
-    read_packed,
-    unpack_ternary,
-    write_student,
-)
+from bitdistill_core.packing import Int8Rows, TernaryLinear, read_packed, write_student
+from bitdistill_core.panels import unpack_int8_rows, unpack_ternary
 
 TINY = {
     "model_type": "qwen3",
@@ -92,68 +83,6 @@ def with_metadata(path: Path, **changes: str) -> None:
     join_file(path, header, data)
 
 
-def test_one_line_bit_by_bit() -> None:
-    w_ternary = np.zeros((16, 16), np.int8)
-    w_ternary[0, 0] = 1  # row 0, k = 0:  byte 0, plane 0: code 2 in bits 0-1
-    w_ternary[0, 4] = -1  # row 0, k = 4:  byte 0, plane 1: code 0 in bits 2-3
-    w_ternary[0, 12] = 1  # row 0, k = 12: byte 0, plane 3: code 2 in bits 6-7
-    w_ternary[0, 11] = 1  # row 0, k = 11: byte 3, plane 2: code 2 in bits 4-5
-    w_ternary[8, 1] = -1  # row 8, k = 1:  byte 33, plane 0: code 0 in bits 0-1
-    w_ternary[15, 15] = 1  # row 15, k = 15: byte 63, plane 3: code 2 in bits 6-7
-    expected = np.full(64, 0b01_01_01_01, np.uint8)
-    expected[0] = 0b10_01_00_10
-    expected[3] = 0b01_10_01_01
-    expected[33] = 0b01_01_01_00
-    expected[63] = 0b10_01_01_01
-    np.testing.assert_array_equal(pack_ternary(w_ternary), expected.reshape(1, 1, 64))
-
-
-def test_panels_then_lines() -> None:
-    w_ternary = np.zeros((17, 33), np.int8)
-    w_ternary[16, 32] = 1
-    packed = pack_ternary(w_ternary)
-    assert packed.shape == packed_shape(17, 33) == (2, 3, 64)
-    assert packed[1, 2, 0] == 0b01_01_01_10
-    assert (np.delete(packed.reshape(-1), (3 + 2) * 64) == 0x55).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_unpack_gives_back_what_was_packed(n: int, k: int, seed: int) -> None:
-    w_ternary = np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
-    packed = pack_ternary(w_ternary)
-    assert packed.dtype == np.uint8
-    assert packed.flags.c_contiguous
-    np.testing.assert_array_equal(unpack_ternary(packed, n, k), w_ternary)
-
-
-@settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_every_byte_is_where_the_formula_says(n: int, k: int, seed: int) -> None:
-    w_ternary = np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8)
-    packed = pack_ternary(w_ternary)
-    for row in range(n):
-        for column in range(k):
-            byte = packed[row // 16, column // 16, row % 16 * 4 + column % 4]
-            assert (byte >> column % 16 // 4 * 2 & 3) == w_ternary[row, column] + 1
-
-
-def test_pack_rejects_what_is_not_ternary() -> None:
-    with pytest.raises(ValueError, match="needs int8 codes -1, 0 and 1; got dtype=int8 min=-2 max=1"):
-        pack_ternary(np.array([[1, -2]], np.int8))
-    with pytest.raises(ValueError, match="got dtype=float32"):
-        pack_ternary(np.ones((2, 2), np.float32))
-    with pytest.raises(ValueError, match=r"a matrix .* that is not empty; got shape="):
-        pack_ternary(np.empty((0, 4), np.int8))
-
-
-def test_unpack_rejects_another_shape_and_the_code_three() -> None:
-    with pytest.raises(ValueError, match=r"w_packed of n=17 k=16 has shape \(2, 1, 64\); got shape=\(1, 1, 64\)"):
-        unpack_ternary(pack_ternary(np.ones((16, 16), np.int8)), 17, 16)
-    with pytest.raises(ValueError, match="code 3"):
-        unpack_ternary(np.full((1, 1, 64), 255, np.uint8), 16, 16)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("subln", ["none", "output", "all"])
 def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln: str) -> None:
@@ -163,7 +92,7 @@ def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln
     model = read_packed(tmp_path / "m")
     assert model.created_by == "test 1"
     assert model.config.to_dict() == arguments["config"]
-    assert ("lm_head.w_int8" in model.tensors) == (not tied)
+    assert ("lm_head.scan" in model.tensors) == (not tied)
     for name, linear in arguments["linears"].items():
         unpacked = unpack_ternary(model.tensors[f"{name}.w_packed"], *linear.w_ternary.shape)
         np.testing.assert_array_equal(unpacked, linear.w_ternary)
@@ -171,7 +100,15 @@ def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln
         assert (f"{name}.input_norm.weight" in model.tensors) == (linear.input_norm is not None)
         assert (f"{name}.bias" in model.tensors) == (linear.bias is not None)
     rows = arguments["embeddings"]["model.embed_tokens"]
-    np.testing.assert_array_equal(model.tensors["model.embed_tokens.w_int8"], rows.w_int8)
+    scan, rest = model.tensors["model.embed_tokens.scan"], model.tensors["model.embed_tokens.rest"]
+    np.testing.assert_array_equal(unpack_int8_rows(scan, rest, rows.w_int8.shape[1]), rows.w_int8)
+    codes = rows.w_int8.astype(np.float64)
+    row_norm = np.linalg.norm(codes, axis=1)
+    rest_norm = np.linalg.norm((codes + 128) % 8 - 3.5, axis=1)
+    for name, norm in {"row_norm": row_norm, "rest_norm": rest_norm}.items():
+        stored = model.tensors[f"model.embed_tokens.{name}"].astype(np.float64)
+        assert (stored >= norm).all()
+        np.testing.assert_allclose(stored, norm, rtol=1e-6)
     assert model.tensors["tokenizer.json"].tobytes() == b"{}"
 
 
@@ -179,7 +116,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "1"
+        assert file.metadata()["format_version"] == "2"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -261,8 +198,8 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
-    with_metadata(packed_file, format_version="2")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=1; got format_version=2"):
+    with_metadata(packed_file, format_version="1")
+    with pytest.raises(ValueError, match=r"this engine reads format_version=2; got format_version=1"):
         read_packed(packed_file)
 
 
@@ -280,7 +217,7 @@ def test_says_when_a_file_has_bytes_after_its_end(packed_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.mlp.up_proj.w_packed", "model.norm.weight", "model.embed_tokens.w_int8", "tokenizer.json"]
+    "name", ["model.layers.0.mlp.up_proj.w_packed", "model.norm.weight", "model.embed_tokens.rest", "tokenizer.json"]
 )
 def test_names_the_tensor_whose_bytes_are_corrupted(packed_file: Path, name: str) -> None:
     header, data = split_file(packed_file)

@@ -1,45 +1,282 @@
-// Python's door to the kernels: types and the GIL, no arithmetic. bitdistill_core/engine/kernels.py validates.
+// Python's door to the engine: types and the GIL, no arithmetic. bitdistill_core/engine/{kernels,decoder}.py validate.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+#include <deque>
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "measure.h"
+#include "model.h"
 
 namespace nb = nanobind;
+using namespace bitdistill;
 
 namespace {
 
-using Activations = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using PackedWeights = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using Sums = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T, int DIMENSIONS>
+using Array = nb::ndarray<T, nb::ndim<DIMENSIONS>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using NumPy = nb::ndarray<nb::numpy, T, nb::ndim<2>, nb::c_contig>;
 
-std::vector<std::string> available_kernels() {
+const Kernels& kernels_named(const std::string& name) {
+  const Kernels* found = find_kernels(name);
+  if (found == nullptr) throw std::invalid_argument("no such kernel on this processor: " + name);
+  return *found;
+}
+
+std::vector<std::string> available_names() {
   std::vector<std::string> names;
-  for (const bitdistill::Kernel& kernel : bitdistill::available_kernels()) names.emplace_back(kernel.name);
+  for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
   return names;
 }
 
-void ternary_matmul(const Activations& x, const PackedWeights& w_packed, const Sums& out, const std::string& kernel,
-                    int num_threads) {
-  const bitdistill::Kernel* found = bitdistill::find_kernel(kernel);
-  if (found == nullptr) throw std::invalid_argument("no such kernel on this processor: " + kernel);
+std::vector<std::pair<std::string, std::string>> built_names() {
+  std::vector<std::pair<std::string, std::string>> names;
+  for (const Kernels* kernels : built_kernels()) names.emplace_back(kernels->name, kernels->needs);
+  return names;
+}
+
+NumPy<float> new_matrix(std::size_t rows, std::size_t columns) {
+  float* data = new float[rows * columns];
+  const nb::capsule owner(data, [](void* pointer) noexcept { delete[] static_cast<float*>(pointer); });
+  return NumPy<float>(data, {rows, columns}, owner);
+}
+
+// x (T, K) INT8 times packed weights, exact sums (T, N); K and N are padded.
+void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 3>& w_packed,
+                    const Array<int32_t, 2>& out, const std::string& kernel, int num_threads) {
+  const Kernels& kernels = kernels_named(kernel);
+  const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1)), num_panels = N / kPanelRows;
   const int8_t* x_data = x.data();
   const uint8_t* w_data = w_packed.data();
   int32_t* out_data = out.data();
-  const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1));
   const nb::gil_scoped_release released;
-  bitdistill::ternary_matmul(*found, x_data, w_data, out_data, T, N, K, num_threads);
+  Team team(num_threads);
+  Int8Tokens tokens;
+  tokens.resize(T, K);
+  std::vector<int8_t> row(K);
+  std::vector<int32_t> sums(T, 0);
+  for (int t = 0; t < T; ++t) {
+    std::memcpy(row.data(), x_data + std::size_t(t) * K, K);
+    for (const int8_t value : row) sums[t] += value;
+    tokens.place(t, K, row.data());
+  }
+  std::vector<Scratch> scratch(num_threads);
+  team.run(num_panels, [&](int panel, int thread) {
+    const uint8_t* lines = w_data + std::size_t(panel) * K / kLineK * kLineBytes;
+    int32_t result[kTileTokens * kPanelRows];
+    uint8_t* codes = scratch[thread].codes.get(std::size_t(K) * kPanelRows);
+    if (tokens.tiled()) kernels.unpack_panel(lines, K / kLineK, codes);
+    for (int first = 0; first < T; first += tokens.tiled() ? kTileTokens : 1) {
+      const int8_t* from = tokens.x_int8.data() + std::size_t(first) * K;
+      if (tokens.tiled()) {
+        kernels.gemm_tile(codes, from, K / 4, result);
+      } else {
+        kernels.gemv_panel(lines, K / kLineK, from, result);
+      }
+      for (int t = first; t < std::min(T, first + (tokens.tiled() ? kTileTokens : 1)); ++t) {
+        for (int r = 0; r < kPanelRows; ++r) {
+          out_data[std::size_t(t) * N + panel * kPanelRows + r] = result[(t - first) * kPanelRows + r] - sums[t];
+        }
+      }
+    }
+  });
 }
+
+// Whether a byte holds code 3, which is no ternary weight.
+bool has_code_3(const Array<const uint8_t, 1>& bytes) {
+  const uint8_t* data = bytes.data();
+  const std::size_t size = bytes.shape(0);
+  const nb::gil_scoped_release released;
+  uint8_t found = 0;
+  for (std::size_t i = 0; i < size; ++i) found |= data[i] & data[i] >> 1;
+  return (found & 0x55) != 0;
+}
+
+// A model and the arrays its pointers point into.
+class PackedModel {
+ public:
+  PackedModel(const nb::dict& config, const nb::list& layers, const nb::object& final_norm, const nb::dict& embedding,
+              const nb::dict& head, const std::string& kernel, int num_threads) {
+    std::vector<Layer> list;
+    for (const nb::handle item : layers) list.push_back(read_layer(nb::cast<nb::dict>(item)));
+    model_ = std::make_unique<Model>(read_config(config), std::move(list), floats(final_norm), read_rows_of(embedding),
+                                     read_rows_of(head), kernels_named(kernel), num_threads);
+  }
+
+  std::unique_ptr<KeyValueCache> new_cache(int capacity, bool half) const {
+    return std::make_unique<KeyValueCache>(model_->config, model_->num_layers, capacity, half);
+  }
+
+  NumPy<float> forward(const std::vector<Array<const int32_t, 1>>& ids, const std::vector<int>& parents,
+                       const std::vector<int>& outputs, KeyValueCache* cache) {
+    std::vector<Segment> segments;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      int start = cache == nullptr ? 0 : cache->length;
+      if (parents[i] >= 0) start = segments[parents[i]].start + segments[parents[i]].length;
+      segments.push_back({ids[i].data(), int(ids[i].shape(0)), start, parents[i]});
+    }
+    NumPy<float> hidden = new_matrix(outputs.size(), model_->hidden_stride);
+    float* data = hidden.data();
+    const nb::gil_scoped_release released;
+    model_->forward(segments, outputs, cache, data);
+    return hidden;
+  }
+
+  NumPy<float> row_logits(const Array<const float, 2>& hidden, const std::vector<int>& rows) {
+    NumPy<float> logits = new_matrix(hidden.shape(0), rows.size());
+    const float* from = hidden.data();
+    const int count = int(hidden.shape(0));
+    float* to = logits.data();
+    const nb::gil_scoped_release released;
+    model_->row_logits(from, count, rows, to);
+    return logits;
+  }
+
+  NumPy<float> logits(const Array<const float, 2>& hidden) {
+    NumPy<float> logits = new_matrix(hidden.shape(0), model_->config.vocab_size);
+    const float* from = hidden.data();
+    const int count = int(hidden.shape(0));
+    float* to = logits.data();
+    const nb::gil_scoped_release released;
+    model_->logits(from, count, to);
+    return logits;
+  }
+
+  std::pair<std::vector<std::pair<int, float>>, std::pair<int, int>> top(const Array<const float, 2>& hidden, int count) {
+    const float* from = hidden.data();
+    std::vector<std::pair<int, float>> result;
+    HeadStatistics statistics;
+    const nb::gil_scoped_release released;
+    for (const Candidate& candidate : model_->top(from, count, &statistics)) {
+      result.emplace_back(candidate.id, candidate.logit);
+    }
+    return {result, {statistics.refined, statistics.exact}};
+  }
+
+ private:
+  const float* floats(const nb::object& array) {
+    if (array.is_none()) return nullptr;
+    arrays_.push_back(array);
+    return nb::cast<Array<const float, 1>>(array).data();
+  }
+
+  Linear read_linear(const nb::dict& from) {
+    Linear linear;
+    arrays_.push_back(from["w_packed"]);
+    linear.w_packed = nb::cast<Array<const uint8_t, 3>>(from["w_packed"]).data();
+    linear.weight_scale = nb::cast<float>(from["weight_scale"]);
+    linear.n = nb::cast<int>(from["n"]);
+    linear.k = nb::cast<int>(from["k"]);
+    linear.input_norm = floats(from["input_norm"]);
+    if (const float* bias = floats(from["bias"])) {
+      biases_.emplace_back(bias, bias + linear.n).resize(round_up(linear.n, kPanelRows));
+      linear.bias = biases_.back().data();
+    }
+    return linear;
+  }
+
+  Layer read_layer(const nb::dict& from) {
+    Layer layer;
+    const nb::dict linears = nb::cast<nb::dict>(from["linears"]), norms = nb::cast<nb::dict>(from["norms"]);
+    const auto linear = [&](const char* name) { return read_linear(nb::cast<nb::dict>(linears[name])); };
+    const auto norm = [&](const char* name) -> const float* {
+      return norms.contains(name) ? floats(norms[name]) : nullptr;
+    };
+    layer.q = linear("q_proj"), layer.k = linear("k_proj"), layer.v = linear("v_proj"), layer.o = linear("o_proj");
+    layer.gate = linear("gate_proj"), layer.up = linear("up_proj"), layer.down = linear("down_proj");
+    layer.norms = {norm("input_layernorm"),           norm("post_attention_layernorm"),
+                   norm("pre_feedforward_layernorm"), norm("post_feedforward_layernorm"),
+                   norm("q_norm"),                    norm("k_norm")};
+    layer.window = nb::cast<int>(from["window"]);
+    layer.rope = nb::cast<int>(from["rope"]);
+    return layer;
+  }
+
+  Int8Rows read_rows_of(const nb::dict& from) {
+    Int8Rows rows;
+    arrays_.push_back(from["scan"]);
+    rows.scan = nb::cast<Array<const uint8_t, 3>>(from["scan"]).data();
+    rows.row_scale = floats(from["row_scale"]);
+    rows.row_norm = floats(from["row_norm"]);
+    rows.rest_norm = floats(from["rest_norm"]);
+    rows.file = nb::cast<int>(from["file"]);
+    rows.scan_offset = nb::cast<uint64_t>(from["scan_offset"]);
+    rows.rest_offset = nb::cast<uint64_t>(from["rest_offset"]);
+    rows.vocab_size = nb::cast<int>(from["vocab_size"]);
+    rows.size = nb::cast<int>(from["size"]);
+    return rows;
+  }
+
+  static ModelConfig read_config(const nb::dict& from) {
+    const auto integer = [&](const char* name) { return nb::cast<int>(from[name]); };
+    const auto real = [&](const char* name) { return nb::cast<float>(from[name]); };
+    ModelConfig config;
+    config.hidden_size = integer("hidden_size");
+    config.intermediate_size = integer("intermediate_size");
+    config.num_heads = integer("num_attention_heads");
+    config.num_key_value_heads = integer("num_key_value_heads");
+    config.head_dim = integer("head_dim");
+    config.vocab_size = integer("vocab_size");
+    config.norm_eps = real("rms_norm_eps");
+    config.norm_offset = real("norm_weight_offset");
+    config.sub_norm_eps = real("sub_norm_eps");
+    config.embedding_multiplier = real("embedding_multiplier");
+    config.attention_scale = real("attention_scale");
+    config.logit_softcap = real("final_logit_softcapping");
+    config.has_feedforward_norms = nb::cast<bool>(from["has_feedforward_norms"]);
+    config.activation =
+        nb::cast<std::string>(from["hidden_activation"]) == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+    config.frequencies = nb::cast<std::vector<std::vector<float>>>(from["frequencies"]);
+    return config;
+  }
+
+  std::vector<nb::object> arrays_;
+  std::deque<std::vector<float>> biases_;
+  std::unique_ptr<Model> model_;
+};
 
 }  // namespace
 
 NB_MODULE(_native, module) {
-  module.attr("MAX_K") = bitdistill::kMaxK;
-  module.def("available_kernels", &available_kernels, "Names of the kernels this processor can run, fastest first.");
+  module.attr("MAX_K") = kMaxK;
+  module.def("available_kernels", &available_names, "Names of the kernels this processor can run, fastest first.");
+  module.def("built_kernels", &built_names, "Name of each kernel in this build, and what a processor needs for it.");
   module.def("ternary_matmul", &ternary_matmul, nb::arg("x").noconvert(), nb::arg("w_packed").noconvert(),
              nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
              "Fills out (T, N) with the exact sums of x (T, K) and w_packed (N/16, K/16, 64).");
+  module.def("has_code_3", &has_code_3, nb::arg("bytes").noconvert(), "Whether a byte holds code 3, no ternary weight.");
+  nb::class_<KeyValueCache>(module, "KeyValueCache")
+      .def_ro("capacity", &KeyValueCache::capacity)
+      .def_rw("length", &KeyValueCache::length)
+      .def_prop_ro("num_bytes", &KeyValueCache::bytes);
+  nb::class_<PackedModel>(module, "Model")
+      .def(nb::init<const nb::dict&, const nb::list&, const nb::object&, const nb::dict&, const nb::dict&,
+                    const std::string&, int>(),
+           nb::arg("config"), nb::arg("layers"), nb::arg("final_norm"), nb::arg("embedding"), nb::arg("head"),
+           nb::arg("kernel"), nb::arg("num_threads"))
+      .def("new_cache", &PackedModel::new_cache, nb::arg("capacity"), nb::arg("half"))
+      .def("forward", &PackedModel::forward, nb::arg("ids"), nb::arg("parents"), nb::arg("outputs"),
+           nb::arg("cache").none(), "Final hidden states (outputs, padded hidden size) of tokens in the batch.")
+      .def("row_logits", &PackedModel::row_logits, nb::arg("hidden"), nb::arg("rows"))
+      .def("logits", &PackedModel::logits, nb::arg("hidden"))
+      .def("top", &PackedModel::top, nb::arg("hidden"), nb::arg("count"),
+           "The largest (token, logit), and how many rows were read in full and computed in float32 to know them.");
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  module.def("measure_multiply_add_ceiling", &measure_multiply_add_ceiling, nb::arg("num_threads"), nb::arg("seconds"),
+             released);
+  module.def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_threads"), nb::arg("megabytes"), released);
+  module.def("measure_gemm", [](const std::string& kernel, int n, int k, int tokens, int num_threads, int repeats) {
+    return measure_gemm(kernels_named(kernel), n, k, tokens, num_threads, repeats);
+  }, nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("tokens"), nb::arg("num_threads"), nb::arg("repeats"),
+             released);
+  module.def("measure_gemv", [](const std::string& kernel, int n, int k, int num_threads, int repeats) {
+    return measure_gemv(kernels_named(kernel), n, k, num_threads, repeats);
+  }, nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("num_threads"), nb::arg("repeats"), released);
 }

@@ -1,44 +1,64 @@
 #include "dispatch.h"
 
-#include <algorithm>
-
-#include "thread_pool.h"
+#if defined(BITDISTILL_AARCH64)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace bitdistill {
 namespace {
 
-std::vector<Kernel> detect_kernels() {
-  std::vector<Kernel> kernels;
-#ifdef BITDISTILL_X86_64
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back({"avx2", ternary_matmul_avx2});
+struct Choice {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Fastest first.
+std::vector<Choice> choices() {
+  std::vector<Choice> result;
+#if defined(BITDISTILL_X86_64)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  result.push_back({avx512_vnni_kernels(), avx2 && avx512 && __builtin_cpu_supports("avx512vnni")});
+#if defined(BITDISTILL_AVX_VNNI)
+  result.push_back({avx_vnni_kernels(), avx2 && __builtin_cpu_supports("avxvnni")});
 #endif
-  kernels.push_back({"scalar", ternary_matmul_scalar});
-  return kernels;
+  result.push_back({avx2_kernels(), avx2});
+#elif defined(BITDISTILL_AARCH64)
+  result.push_back({neon_kernels(), (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
+#endif
+  result.push_back({scalar_kernels(), true});
+  return result;
+}
+
+std::vector<const Kernels*> chosen(bool only_supported) {
+  std::vector<const Kernels*> result;
+  for (const Choice& choice : choices()) {
+    if (choice.supported || !only_supported) result.push_back(choice.kernels);
+  }
+  return result;
 }
 
 }  // namespace
 
-const std::vector<Kernel>& available_kernels() {
-  static const std::vector<Kernel> kernels = detect_kernels();
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> kernels = chosen(true);
   return kernels;
 }
 
-const Kernel* find_kernel(const std::string& name) {
-  for (const Kernel& kernel : available_kernels()) {
-    if (name == kernel.name) return &kernel;
-  }
-  return nullptr;
+const std::vector<const Kernels*>& built_kernels() {
+  static const std::vector<const Kernels*> kernels = chosen(false);
+  return kernels;
 }
 
-void ternary_matmul(const Kernel& kernel, const int8_t* x, const uint8_t* w_packed, int32_t* out, int T, int N, int K,
-                    int num_threads) {
-  const int num_panels = N / kPanelRows;
-  const int num_parts = std::clamp(num_threads, 1, std::max(num_panels, 1));
-  run_parts(num_parts, [&](int part) {
-    const int first = int(int64_t(num_panels) * part / num_parts);
-    const int last = int(int64_t(num_panels) * (part + 1) / num_parts);
-    kernel.function(x, w_packed, out, T, N, K, first, last);
-  });
+const Kernels* find_kernels(const std::string& name) {
+  for (const Kernels* kernels : available_kernels()) {
+    if (name == kernels->name) return kernels;
+  }
+  return nullptr;
 }
 
 }  // namespace bitdistill

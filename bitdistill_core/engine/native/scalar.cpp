@@ -1,27 +1,63 @@
-// The specification: plain loops over the layout of ternary_matmul.h. Always built, always correct.
-#include "ternary_matmul.h"
+// The specification: plain loops over the layouts of layout.h. Always built, always correct.
+#include "float_ops.h"
 
 namespace bitdistill {
+namespace {
 
-void ternary_matmul_scalar(const int8_t* x, const uint8_t* w_packed, int32_t* out, int T, int N, int K,
-                           int first_panel, int last_panel) {
-  const int num_lines = K / kLineK;
-  for (int panel = first_panel; panel < last_panel; ++panel) {
-    const uint8_t* lines = w_packed + std::size_t(panel) * num_lines * kLineBytes;
-    for (int t = 0; t < T; ++t) {
-      const int8_t* activations = x + std::size_t(t) * K;
-      int32_t* sums = out + std::size_t(t) * N + panel * kPanelRows;
-      for (int row = 0; row < kPanelRows; ++row) {
-        int32_t sum = 0;
-        for (int k = 0; k < K; ++k) {
-          const int line = k / kLineK, plane = k % kLineK / 4, j = k % 4;
-          const int code = lines[std::size_t(line) * kLineBytes + row * 4 + j] >> (2 * plane) & 3;
-          sum += activations[k] * (code - 1);
-        }
-        sums[row] = sum;
-      }
+void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* sums) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    int32_t sum = 0;
+    for (int k = 0; k < num_lines * kLineK; ++k) {
+      const int line = k / kLineK, plane = k % kLineK / 4, j = k % 4;
+      const int code = lines[std::size_t(line) * kLineBytes + row * 4 + j] >> (2 * plane) & 3;
+      sum += x[k] * code;
+    }
+    sums[row] = sum;
+  }
+}
+
+void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
+  for (int line = 0; line < num_lines; ++line) {
+    for (int plane = 0; plane < 4; ++plane) {
+      for (int i = 0; i < kLineBytes; ++i) *codes++ = lines[std::size_t(line) * kLineBytes + i] >> (2 * plane) & 3;
     }
   }
 }
+
+void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums) {
+  for (int t = 0; t < kTileTokens; ++t) {
+    for (int row = 0; row < kPanelRows; ++row) {
+      int32_t sum = 0;
+      for (int step = 0; step < steps; ++step) {
+        for (int j = 0; j < 4; ++j) {
+          sum += codes[(step * kPanelRows + row) * 4 + j] * x_tile[(step * kTileTokens + t) * 4 + j];
+        }
+      }
+      sums[t * kPanelRows + row] = sum;
+    }
+  }
+}
+
+void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    int32_t sum = 0;
+    for (int k = 0; k < num_groups * kGroupK; ++k) {
+      const uint8_t* group = scan + std::size_t(k / kGroupK) * kScanGroupBytes;
+      const int i = k % kGroupK / 8, j = k % kGroupK / 4, b = k % 4;
+      const int nibble = group[i * kLineBytes + row * 4 + b] >> (k % 8 < 4 ? 0 : 4) & 15;
+      const int bit = group[4 * kLineBytes + row * 4 + b] >> j & 1;
+      sum += (2 * nibble + bit) * x[k];
+    }
+    sums[row] = sum;
+  }
+}
+
+constexpr Kernels kKernels = {.name = "scalar", .needs = "any processor", .gemv_panel = gemv_panel,
+                              .unpack_panel = unpack_panel, .gemm_tile = gemm_tile, .scan_panel = scan_panel,
+                              BITDISTILL_FLOAT_OPS};
+
+}  // namespace
+
+const Kernels* scalar_kernels() { return &kKernels; }
 
 }  // namespace bitdistill

@@ -1,0 +1,142 @@
+// AVX-VNNI kernels: 256-bit vpdpbusd. Compiled with -mavx2 -mfma -mf16c -mavxvnni and called only where the processor
+// has them.
+#include <immintrin.h>
+
+#include "float_ops.h"
+
+namespace bitdistill {
+namespace {
+
+// vpdpbusd adds four products code * x of one row, codes 0 to 255 and x from -128 to 127, to an int32 lane and never
+// saturates. So codes stay where they are in the byte and each place has its own sum, divided once at the end, where
+// that is exact; what such a sum may hold sets the length of a block. A line or group adds to a row at most
+//   gemv   codes {0, 64, 128}   4 products:   -65536   32768 lines fit int32
+//   scan   codes 0, 16 .. 240  16 products:  -491520    4369 groups fit int32
+constexpr int kGemvBlockLines = 32768;
+constexpr int kScanBlockGroups = 4096;
+
+BITDISTILL_INLINE __m256i load_bytes(const void* bytes) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
+}
+
+BITDISTILL_INLINE void store_sums(int32_t* sums, Int8x32 v) { __builtin_memcpy(sums, &v, sizeof v); }
+
+BITDISTILL_INLINE __m256i broadcast_four(const int8_t* x) {
+  return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+}
+
+// Sums are Int8x32 rather than __m256i, which GCC 12 copies before and after every vpdpbusd.
+BITDISTILL_INLINE Int8x32 multiply_add(Int8x32 sums, __m256i codes, __m256i x) {
+  return (Int8x32)_mm256_dpbusd_avx_epi32((__m256i)sums, codes, x);
+}
+
+// Plane p as it lies, codes {0, 4^p, 2 * 4^p}: no shifts, and eight sums that do not wait for one another.
+void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* sums) {
+  const __m256i masks[4] = {_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c), _mm256_set1_epi8(0x30),
+                            _mm256_set1_epi8(int8_t(0xc0))};
+  Int8x32 total[2] = {};
+  for (int line = 0; line < num_lines;) {
+    const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
+    Int8x32 low[4] = {}, high[4] = {};
+    for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + 1024), _MM_HINT_T0);
+      const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
+#pragma GCC unroll 4
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m256i x4 = broadcast_four(x + 4 * plane);
+        low[plane] = multiply_add(low[plane], _mm256_and_si256(a, masks[plane]), x4);
+        high[plane] = multiply_add(high[plane], _mm256_and_si256(b, masks[plane]), x4);
+      }
+    }
+    total[0] += low[0] + (low[1] >> 2) + (low[2] >> 4) + (low[3] >> 6);
+    total[1] += high[0] + (high[1] >> 2) + (high[2] >> 4) + (high[3] >> 6);
+  }
+  store_sums(sums, total[0]);
+  store_sums(sums + 8, total[1]);
+}
+
+void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
+  const __m256i mask = _mm256_set1_epi8(3);
+  for (int line = 0; line < num_lines; ++line, lines += kLineBytes) {
+    __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
+    for (int plane = 0; plane < 4; ++plane, codes += kLineBytes) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_and_si256(a, mask));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), _mm256_and_si256(b, mask));
+      a = _mm256_srli_epi16(a, 2);
+      b = _mm256_srli_epi16(b, 2);
+    }
+  }
+}
+
+// 12 sums of 6 tokens x 16 rows, 2 registers of codes and one of activations: 15 of 16.
+void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums) {
+  Int8x32 low[kTileTokens] = {}, high[kTileTokens] = {};
+  for (; steps > 0; --steps, codes += 4 * kPanelRows, x_tile += 4 * kTileTokens) {
+    const __m256i a = load_bytes(codes), b = load_bytes(codes + 32);
+#pragma GCC unroll 6
+    for (int t = 0; t < kTileTokens; ++t) {
+      const __m256i x4 = broadcast_four(x_tile + 4 * t);
+      low[t] = multiply_add(low[t], a, x4);
+      high[t] = multiply_add(high[t], b, x4);
+    }
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < kTileTokens; ++t, sums += kPanelRows) {
+    store_sums(sums, low[t]);
+    store_sums(sums + 8, high[t]);
+  }
+}
+
+// Sums for 8 rows: of nibbles as they lie, times 1 and 16, and of their lower bits, times 1 and 2.
+struct ScanSums {
+  Int8x32 nibble1, nibble16, bit1, bit2;
+};
+
+// One nibble line of 8 rows: the bits of its low nibbles are bit 0 of `bits`, those of its high nibbles bit 1.
+BITDISTILL_INLINE void scan_line(ScanSums& sums, __m256i nibbles, __m256i bits, __m256i x_low, __m256i x_high) {
+  const __m256i nibble = _mm256_set1_epi8(0x0f);
+  sums.nibble1 = multiply_add(sums.nibble1, _mm256_and_si256(nibbles, nibble), x_low);
+  sums.bit1 = multiply_add(sums.bit1, _mm256_and_si256(bits, _mm256_set1_epi8(1)), x_low);
+  sums.nibble16 = multiply_add(sums.nibble16, _mm256_andnot_si256(nibble, nibbles), x_high);
+  sums.bit2 = multiply_add(sums.bit2, _mm256_and_si256(bits, _mm256_set1_epi8(2)), x_high);
+}
+
+BITDISTILL_INLINE Int8x32 scan_total(const ScanSums& sums) {
+  return 2 * sums.nibble1 + (sums.nibble16 >> 3) + sums.bit1 + (sums.bit2 >> 1);
+}
+
+void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums) {
+  Int8x32 total[2] = {};
+  for (int group = 0; group < num_groups;) {
+    const int stop = num_groups - group > kScanBlockGroups ? group + kScanBlockGroups : num_groups;
+    ScanSums low = {}, high = {};
+    for (; group < stop; ++group, scan += kScanGroupBytes, x += kGroupK) {
+      for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(scan + 1280 + prefetch), _MM_HINT_T0);
+      }
+      __m256i bits_low = load_bytes(scan + 4 * kLineBytes), bits_high = load_bytes(scan + 4 * kLineBytes + 32);
+#pragma GCC unroll 4
+      for (int line = 0; line < 4; ++line) {
+        const __m256i x_low = broadcast_four(x + 8 * line), x_high = broadcast_four(x + 8 * line + 4);
+        scan_line(low, load_bytes(scan + line * kLineBytes), bits_low, x_low, x_high);
+        scan_line(high, load_bytes(scan + line * kLineBytes + 32), bits_high, x_low, x_high);
+        bits_low = _mm256_srli_epi16(bits_low, 2);
+        bits_high = _mm256_srli_epi16(bits_high, 2);
+      }
+    }
+    total[0] += scan_total(low);
+    total[1] += scan_total(high);
+  }
+  store_sums(sums, total[0]);
+  store_sums(sums + 8, total[1]);
+}
+
+constexpr Kernels kKernels = {.name = "avx-vnni", .needs = "AVX-VNNI, AVX2, FMA and F16C", .gemv_panel = gemv_panel,
+                              .unpack_panel = unpack_panel, .gemm_tile = gemm_tile, .scan_panel = scan_panel,
+                              BITDISTILL_FLOAT_OPS};
+
+}  // namespace
+
+const Kernels* avx_vnni_kernels() { return &kKernels; }
+
+}  // namespace bitdistill

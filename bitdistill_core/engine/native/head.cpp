@@ -1,0 +1,224 @@
+#include "head.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace bitdistill {
+namespace {
+
+// Rows computed in float32 at once to get a first bound on the largest logits.
+constexpr int kFirstGuesses = 16;
+// Beyond this many wanted rows the bounds save nothing.
+constexpr int kMostWanted = 256;
+// Panels of one share of a step.
+constexpr int kSharePanels = 64;
+
+bool read_file(int file, uint64_t offset, std::size_t size, uint8_t* out) {
+  while (size > 0) {
+    const ssize_t got = pread(file, out, size, off_t(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    out += got;
+    offset += uint64_t(got);
+    size -= std::size_t(got);
+  }
+  return true;
+}
+
+void require(bool read) {
+  if (!read) throw std::runtime_error("the packed file cannot be read any more: it was truncated or its disk failed");
+}
+
+bool try_read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8) {
+  const std::size_t panel = std::size_t(v / kPanelRows) * rows.panel_bytes();
+  uint8_t* rest = scratch + rows.panel_bytes();
+  if (!read_file(rows.file, rows.scan_offset + panel, rows.panel_bytes(), scratch) ||
+      !read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) {
+    return false;
+  }
+  kernels.decode_row(scratch, v % kPanelRows, rest, rows.num_groups(), w_int8);
+  return true;
+}
+
+bool goes_before(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
+
+// x = scale * x_int8 + error, and what the bounds need of it.
+struct QuantizedQuery {
+  std::vector<int8_t> x_int8;
+  float scale;
+  int32_t sum;
+  double norm_int8 = 0, norm_error = 0;  // of scale * x_int8, and of the error with the rounding of float32
+
+  QuantizedQuery(const Kernels& kernels, const float* x, int size) : x_int8(size) {
+    scale = kernels.quantize(x, size, x_int8.data(), &sum);
+    double squares = 0, errors = 0, norm = 0;
+    for (int i = 0; i < size; ++i) {
+      const double quantized = double(scale) * x_int8[i], error = x[i] - quantized;
+      squares += quantized * quantized;
+      errors += error * error;
+      norm += double(x[i]) * x[i];
+    }
+    norm_int8 = std::sqrt(squares) * (1 + 1e-6);
+    // A float32 dot product of `size` terms in 16 or more sums is off by at most (size / 16 + 8) * 2^-24 * |x| . |w|;
+    // the coarse values below, a few roundings, by less than 2^-21 of theirs.
+    norm_error = std::sqrt(errors) * (1 + 1e-6) + std::sqrt(norm) * ((size / 16 + 8) * 0x1p-24 + 0x1p-20);
+  }
+};
+
+}  // namespace
+
+void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
+                const std::vector<int>& ids, float* logits) {
+  std::vector<uint8_t> scratch(rows.panel_bytes() + rows.rest_bytes());
+  std::vector<int8_t> w_int8(rows.padded_size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    require(try_read_row(kernels, rows, ids[i], scratch.data(), w_int8.data()));
+    for (int t = 0; t < num_x; ++t) {
+      const float value = kernels.dot(x + t * stride, w_int8.data(), rows.padded_size());
+      logits[t * ids.size() + i] = value * rows.row_scale[ids[i]];
+    }
+  }
+}
+
+void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8) {
+  std::vector<uint8_t> scratch(rows.panel_bytes() + rows.rest_bytes());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    require(try_read_row(kernels, rows, ids[i], scratch.data(), w_int8 + i * rows.padded_size()));
+  }
+}
+
+void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
+                float* logits) {
+  std::atomic<bool> is_read{true};
+  const int num_panels = rows.num_panels();
+  team.run((num_panels + kSharePanels - 1) / kSharePanels, [&](int share, int) {
+    std::vector<uint8_t> rest(kPanelRows * rows.rest_bytes());
+    std::vector<int8_t> w_int8(rows.padded_size());
+    for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
+      const int first = panel * kPanelRows, count = std::min(kPanelRows, rows.vocab_size - first);
+      if (!read_file(rows.file, rows.rest_offset + first * rows.rest_bytes(), count * rows.rest_bytes(), rest.data())) {
+        is_read = false;
+        return;
+      }
+      for (int r = 0; r < count; ++r) {
+        kernels.decode_row(rows.scan + panel * rows.panel_bytes(), r, rest.data() + r * rows.rest_bytes(),
+                           rows.num_groups(), w_int8.data());
+        for (int t = 0; t < num_x; ++t) {
+          const float value = kernels.dot(x + t * stride, w_int8.data(), rows.padded_size());
+          logits[std::size_t(t) * rows.vocab_size + first + r] = value * rows.row_scale[first + r];
+        }
+      }
+    }
+  });
+  require(is_read);
+}
+
+std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
+                                HeadStatistics* statistics) {
+  const int V = rows.vocab_size, num_panels = rows.num_panels();
+  if (count > kMostWanted) {
+    std::vector<float> logits(V);
+    all_logits(team, kernels, rows, x, 1, rows.padded_size(), logits.data());
+    std::vector<Candidate> all(V);
+    for (int v = 0; v < V; ++v) all[v] = {logits[v], v};
+    std::partial_sort(all.begin(), all.begin() + std::min(count, V), all.end(), goes_before);
+    all.resize(std::min(count, V));
+    if (statistics != nullptr) *statistics = {V, V};
+    return all;
+  }
+  const QuantizedQuery query(kernels, x, rows.padded_size());
+  const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
+  const auto share_rows = [&](int share) {
+    return std::pair(share * kSharePanels * kPanelRows, std::min(V, (share + 1) * kSharePanels * kPanelRows));
+  };
+
+  // 1. The upper five bits of every row, and the rows that look largest by them. q . w = 8 q . (u >> 3) + q . (u & 7)
+  //    - 128 sum q; the lower bits are taken for their middle, 3.5. Twice that is an integer.
+  const int32_t middle = (7 - 256) * query.sum;
+  std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
+  const auto coarse = [&](int v) { return rows.row_scale[v] * (0.5f * query.scale) * float(16 * sums[v] + middle); };
+  const std::size_t num_guesses = std::max(count, kFirstGuesses);
+  std::vector<std::vector<Candidate>> found(num_shares);
+  team.run(num_shares, [&](int share, int) {
+    const auto [first, last] = share_rows(share);
+    for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
+      kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
+                         sums.data() + std::size_t(panel) * kPanelRows);
+    }
+    std::vector<Candidate>& best = found[share];  // a heap, smallest first
+    for (int v = first; v < last; ++v) {
+      const float value = coarse(v);
+      if (best.size() == num_guesses && value <= best.front().logit) continue;
+      if (best.size() == num_guesses) {
+        std::pop_heap(best.begin(), best.end(), goes_before);
+        best.pop_back();
+      }
+      best.push_back({value, v});
+      std::push_heap(best.begin(), best.end(), goes_before);
+    }
+  });
+  std::vector<Candidate> guesses;
+  for (const std::vector<Candidate>& best : found) guesses.insert(guesses.end(), best.begin(), best.end());
+  const std::size_t num_kept = std::min(num_guesses, guesses.size());
+  std::partial_sort(guesses.begin(), guesses.begin() + num_kept, guesses.end(), goes_before);
+  guesses.resize(num_kept);
+
+  // 2. Those in float32: the count-th largest is a floor under the result.
+  std::atomic<bool> is_read{true};
+  const auto exact = [&](int v, uint8_t* rest, int8_t* w_int8) {
+    if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
+    kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rest, rows.num_groups(), w_int8);
+    return kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v];
+  };
+  std::vector<uint8_t> rest(rows.rest_bytes());
+  std::vector<int8_t> w_int8(rows.padded_size());
+  for (Candidate& guess : guesses) guess.logit = exact(guess.id, rest.data(), w_int8.data());
+  std::sort(guesses.begin(), guesses.end(), goes_before);
+  const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
+
+  // 3. Every row that may reach the floor: its lower bits, and if it still may, float32.
+  const float per_rest_norm = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
+  std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
+  team.run(num_shares, [&](int share, int) {
+    const auto [first, last] = share_rows(share);
+    found[share].clear();
+    std::vector<uint8_t> rest(rows.rest_bytes());
+    std::vector<int8_t> w_int8(rows.padded_size());
+    int refined = 0, computed = 0;
+    for (int v = first; v < last; ++v) {
+      const float error = rows.row_scale[v] * per_row_norm * rows.row_norm[v];
+      if (coarse(v) + rows.row_scale[v] * per_rest_norm * rows.rest_norm[v] + error < floor) continue;
+      ++refined;
+      if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest.data())) {
+        is_read = false;
+        return;
+      }
+      const int32_t sum = 8 * sums[v] + kernels.rest_dot(rest.data(), rows.num_groups(), query.x_int8.data());
+      if (rows.row_scale[v] * query.scale * float(sum - 128 * query.sum) + error < floor) continue;
+      ++computed;
+      kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rest.data(),
+                         rows.num_groups(), w_int8.data());
+      const float logit = kernels.dot(x, w_int8.data(), rows.padded_size()) * rows.row_scale[v];
+      if (logit >= floor) found[share].push_back({logit, v});
+    }
+    num_refined += refined;
+    num_exact += computed;
+  });
+  require(is_read);
+  std::vector<Candidate> result;
+  for (const std::vector<Candidate>& best : found) result.insert(result.end(), best.begin(), best.end());
+  const std::size_t wanted = std::min(result.size(), std::size_t(count));
+  std::partial_sort(result.begin(), result.begin() + wanted, result.end(), goes_before);
+  result.resize(wanted);
+  if (statistics != nullptr) *statistics = {num_refined, num_exact};
+  return result;
+}
+
+}  // namespace bitdistill

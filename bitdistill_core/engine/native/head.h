@@ -1,0 +1,59 @@
+// INT8 rows of the vocabulary: embedding lookup, and the output head that reads as little of them as it can.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "linear.h"
+
+namespace bitdistill {
+
+// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h. `scan` is mapped memory. `rest`, and single rows of
+// `scan`, are read from the file, so that they never count as memory of the process.
+struct Int8Rows {
+  const uint8_t* scan = nullptr;
+  const float* row_scale = nullptr;
+  const float* row_norm = nullptr;   // ||w_int8[v]||
+  const float* rest_norm = nullptr;  // ||(u & 7) - 3.5||, u = w_int8 + 128
+  int file = -1;
+  uint64_t scan_offset = 0, rest_offset = 0;
+  int vocab_size = 0, size = 0;
+
+  int num_groups() const { return (size + kGroupK - 1) / kGroupK; }
+  int padded_size() const { return num_groups() * kGroupK; }
+  int num_panels() const { return (vocab_size + kPanelRows - 1) / kPanelRows; }
+  std::size_t panel_bytes() const { return std::size_t(num_groups()) * kScanGroupBytes; }
+  std::size_t rest_bytes() const { return std::size_t(num_groups()) * kRestGroupBytes; }
+};
+
+struct Candidate {
+  float logit;
+  int id;
+};
+
+// How far each stage of `top_rows` narrowed the vocabulary.
+struct HeadStatistics {
+  int refined = 0;  // rows whose `rest` was read
+  int exact = 0;    // rows computed in float32
+};
+
+// w_int8 (num_ids, padded_size) of some rows, from the file.
+void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8);
+
+// logits[i] = row_scale * x . w_int8 of the rows `ids`.
+void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
+                const std::vector<int>& ids, float* logits);
+
+// All of them, (num_x, vocab_size).
+void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
+                float* logits);
+
+// The `count` largest logits of x, exactly as all_logits has them, largest first, ties by the lowest id.
+//
+// x = a q + e with q INT8. The upper five bits of all rows give q . w to within the Cauchy-Schwarz bound of what they
+// leave out; rows that may still be among the largest get their lower three bits, which leaves the bound of e . w only;
+// the few that remain are computed in float32. The bounds are proven, so the result never depends on luck.
+std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
+                                HeadStatistics* statistics);
+
+}  // namespace bitdistill

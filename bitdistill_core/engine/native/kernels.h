@@ -1,0 +1,95 @@
+// The arithmetic of the engine, one table of functions for each instruction set. dispatch.cpp chooses a table.
+//
+// Kernels allocate nothing, check nothing and never throw. Integer results are exact, so they are equal in every table;
+// floating-point results are those of IEEE float32 in an order that depends on the table, never on the batch: a token
+// gets the same bits whatever other tokens are computed beside it, and on any number of threads.
+#pragma once
+
+#include "layout.h"
+
+namespace bitdistill {
+
+enum class Activation { kSilu, kGeluTanh };
+
+// Keys and values of one head of one layer of one sequence. `key` is (capacity / 16, head_dim, 16): 16 positions side by
+// side, so that scores need no horizontal sums; `value` is (capacity, value_stride).
+struct KeyValueHead {
+  void* key;
+  void* value;
+  bool half;  // float16 instead of float32
+};
+
+constexpr int kKeyBlock = 16;
+
+// Up to kTileTokens rows of queries against one head of keys. Row i sees the positions [first[i], last[i]).
+struct AttentionTile {
+  const float* query[kTileTokens];
+  float* out[kTileTokens];
+  int first[kTileTokens];
+  int last[kTileTokens];
+  int rows;
+  int head_dim;
+  int value_stride;  // a multiple of 16
+  float scale;
+  KeyValueHead head;
+  float* scores;  // scratch, kTileTokens * scores_stride
+  int scores_stride;  // >= the largest `last` rounded up to 16
+};
+
+struct Kernels {
+  const char* name;
+  const char* needs;  // what the processor must have
+
+  // sums[r] = sum over k of code[r][k] * x[k] for one panel; codes are w_ternary + 1. x is (16 * num_lines).
+  void (*gemv_panel)(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* sums);
+
+  // A panel's codes, one a byte, as [K / 4][16 rows][4]: 64 bytes a step of 4 k. `codes` lies on a 64-byte address.
+  void (*unpack_panel)(const uint8_t* lines, int num_lines, uint8_t* codes);
+
+  // sums[t][r] = sum over k of code[r][k] * x[t][k] for an unpacked panel and a tile of tokens. steps = K / 4.
+  void (*gemm_tile)(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums);
+
+  // sums[r] = sum over k of (u >> 3) * x[k] for one panel of `scan`.
+  void (*scan_panel)(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums);
+
+  // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale) + bias[r] for up to kTileTokens tokens x 16 rows,
+  // token t at y + t * stride; added to y instead where `add`. bias may be null.
+  void (*finish)(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, float weight_scale,
+                 const float* bias, bool add, float* y, std::size_t stride);
+
+  // out = (weight + offset) * x / sqrt(mean(x^2) + eps), n elements. out may be x.
+  void (*rms_norm)(const float* x, const float* weight, float offset, float eps, int n, float* out);
+
+  // x_int8 = round_half_even(x * 127 / absmax); absmax has a floor of 1e-5. Returns absmax / 127, and the sum of x_int8.
+  float (*quantize)(const float* x, int n, int8_t* x_int8, int32_t* sum);
+
+  // gate = act(gate) * up
+  void (*gate_multiply)(float* gate, const float* up, int n, Activation activation);
+
+  // x[i], x[i + d/2] rotated by the angle i of cos, sin (d / 2).
+  void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
+
+  // Stores a key and a value, (head_dim) each, at `position`.
+  void (*store_key_value)(const KeyValueHead& head, const float* key, const float* value, int position, int head_dim,
+                          int value_stride);
+
+  void (*attend)(const AttentionTile& tile);
+
+  // w_int8 (32 * num_groups) of row r of a panel of `scan`, and its row of `rest`.
+  void (*decode_row)(const uint8_t* scan_panel, int r, const uint8_t* rest, int num_groups, int8_t* w_int8);
+
+  // sum over k of (u & 7) * x[k] of one row of `rest`.
+  int32_t (*rest_dot)(const uint8_t* rest, int num_groups, const int8_t* x);
+
+  // sum over k of x[k] * w_int8[k]; n is a multiple of 32.
+  float (*dot)(const float* x, const int8_t* w_int8, int n);
+};
+
+// Each in a file of its own, compiled for its instruction set; dispatch.cpp asks the processor before it uses one.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
+const Kernels* avx512_vnni_kernels();
+const Kernels* neon_kernels();
+
+}  // namespace bitdistill

@@ -1,0 +1,105 @@
+// Ternary linear layers: INT8 activations of a chunk of tokens, and products with packed weights spread over the team.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace bitdistill {
+
+// Up to this many tokens the packed weights are multiplied as they stream by; more tokens share unpacked weights.
+constexpr int kStreamTokens = 3;
+
+// A block of memory on a 64-byte address that only grows. Its contents are lost when it does.
+template <class T>
+class Buffer {
+ public:
+  T* get(std::size_t count) {
+    if (count > count_) {
+      data_.reset();
+      const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+      count_ = count;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  std::size_t count_ = 0;
+};
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// y = weight_scale * w_ternary @ x + bias, x normed first where `input_norm` is given (SubLN).
+struct Linear {
+  const uint8_t* w_packed = nullptr;
+  float weight_scale = 0;
+  const float* bias = nullptr;        // padded to 16
+  const float* input_norm = nullptr;  // (k,)
+  int n = 0, k = 0;
+
+  int num_panels() const { return (n + kPanelRows - 1) / kPanelRows; }
+  int num_lines() const { return (k + kLineK - 1) / kLineK; }
+  const uint8_t* panel(int index) const { return w_packed + std::size_t(index) * num_lines() * kLineBytes; }
+};
+
+// x_int8 of a chunk: row after row for up to kStreamTokens tokens, in tiles of kTileTokens otherwise.
+struct Int8Tokens {
+  Buffer<int8_t> x_int8;
+  Buffer<float> scale;   // activation_scale
+  Buffer<int32_t> sum;   // of x_int8
+  int num_tokens = 0;
+  int padded_k = 0;
+
+  bool tiled() const { return num_tokens > kStreamTokens; }
+  int num_tiles() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
+  void resize(int tokens, int k);
+  // Places one token's row; its padding is cleared. `row` has round_up(k, 16) elements, which this may overwrite.
+  void place(int token, int k, int8_t* row);
+};
+
+// Scratch of one thread.
+struct Scratch {
+  Buffer<uint8_t> codes;    // an unpacked panel
+  Buffer<float> row;        // a normed token
+  Buffer<int8_t> row_int8;
+  Buffer<float> up;
+  Buffer<float> scores;
+};
+
+// out = x @ w^T, (tokens, stride) float; rows beyond n up to the next multiple of 16 are written too.
+struct Product {
+  const Linear* linear;
+  const Int8Tokens* x;
+  float* out;
+  std::size_t stride;
+  bool add;
+};
+
+// Norms and quantises token t of x (tokens, stride): RMSNorm by `outer` if given, then by `inner` if given.
+struct Norm {
+  const float* weight = nullptr;
+  float offset = 0;
+  float eps = 0;
+};
+
+void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
+                     int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out);
+
+// All products at once, their panels shared out over the team.
+void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products);
+
+// out = act(x @ gate^T) * (x @ up^T)
+void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
+                    Activation activation);
+
+}  // namespace bitdistill

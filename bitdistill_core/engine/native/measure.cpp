@@ -1,0 +1,137 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+namespace bitdistill {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+// A packed matrix of pseudo-random codes and INT8 activations to multiply it with.
+struct Case {
+  Buffer<uint8_t> packed;
+  Buffer<float> x, out;
+  Linear linear;
+  Int8Tokens tokens;
+  std::vector<Scratch> scratch;
+
+  Case(Team& team, const Kernels& kernels, int n, int k, int num_tokens) : scratch(team.num_threads()) {
+    linear.n = n;
+    linear.k = k;
+    linear.weight_scale = 1;
+    const std::size_t bytes = std::size_t(linear.num_panels()) * linear.num_lines() * kLineBytes;
+    uint8_t* data = packed.get(bytes);
+    uint64_t state = 88172645463325252u;
+    for (std::size_t i = 0; i < bytes; ++i) {
+      state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+      data[i] = uint8_t(state % 3 | state / 3 % 3 << 2 | state / 9 % 3 << 4 | state / 27 % 3 << 6);
+    }
+    linear.w_packed = data;
+    float* values = x.get(std::size_t(num_tokens) * k);
+    for (std::size_t i = 0; i < std::size_t(num_tokens) * k; ++i) values[i] = float(i % 255) - 127;
+    quantize_tokens(team, kernels, scratch.data(), values, k, k, num_tokens, Norm{}, Norm{}, tokens);
+    out.get(std::size_t(num_tokens) * round_up(n, kPanelRows));
+  }
+
+  double seconds(Team& team, const Kernels& kernels, int repeats) {
+    const Product product{&linear, &tokens, out.data(), std::size_t(round_up(linear.n, kPanelRows)), false};
+    multiply(team, kernels, scratch.data(), &product, 1);
+    std::vector<double> times;
+    for (int i = 0; i < repeats; ++i) {
+      const double start = now();
+      multiply(team, kernels, scratch.data(), &product, 1);
+      times.push_back(now() - start);
+    }
+    return median(times);
+  }
+};
+
+#if defined(__x86_64__)
+// 12 accumulators, as in the matrix product; 32 multiply-adds each.
+__attribute__((target("avx2"))) void multiply_add_block(long count) {
+  asm volatile(
+      "1:\n"
+#define BITDISTILL_STEP(a) "vpmaddubsw %%ymm12, %%ymm13, %%ymm14\nvpaddw %%ymm14, %%ymm" a ", %%ymm" a "\n"
+      BITDISTILL_STEP("0") BITDISTILL_STEP("1") BITDISTILL_STEP("2") BITDISTILL_STEP("3") BITDISTILL_STEP("4")
+      BITDISTILL_STEP("5") BITDISTILL_STEP("6") BITDISTILL_STEP("7") BITDISTILL_STEP("8") BITDISTILL_STEP("9")
+      BITDISTILL_STEP("10") BITDISTILL_STEP("11")
+#undef BITDISTILL_STEP
+      "dec %[count]\n"
+      "jnz 1b\n"
+      : [count] "+r"(count)
+      :
+      : "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12",
+        "ymm13", "ymm14", "cc");
+}
+#endif
+
+}  // namespace
+
+double measure_multiply_add_ceiling(int num_threads, double seconds) {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2")) throw std::runtime_error("the multiply-add ceiling is that of AVX2");
+  Team team(num_threads);
+  constexpr long kSteps = 200000;
+  std::vector<double> rates;
+  for (const double end = now() + seconds; now() < end;) {
+    const double start = now();
+    team.run(num_threads, [&](int, int) { multiply_add_block(kSteps); });
+    rates.push_back(double(num_threads) * kSteps * 12 * 32 / (now() - start) / 1e9);
+  }
+  return median(rates);
+#else
+  (void)num_threads, (void)seconds;
+  throw std::runtime_error("the multiply-add ceiling is that of AVX2");
+#endif
+}
+
+double measure_read_bandwidth(int num_threads, int megabytes) {
+  Team team(num_threads);
+  const std::size_t count = std::size_t(megabytes) * 1000000 / 8;
+  std::vector<uint64_t> block(count, 1);
+  std::vector<uint64_t> totals(num_threads * 4);
+  std::vector<double> rates;
+  for (int repeat = 0; repeat < 9; ++repeat) {
+    const double start = now();
+    team.run(num_threads * 4, [&](int item, int) {
+      const std::size_t first = count * item / totals.size() / 8 * 8, last = count * (item + 1) / totals.size() / 8 * 8;
+      uint64_t total[8] = {};
+      for (std::size_t i = first; i < last; i += 8) {
+        __builtin_prefetch(&block[i] + 128);
+        for (int j = 0; j < 8; ++j) total[j] += block[i + j];
+      }
+      totals[item] = total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7];
+    });
+    rates.push_back(double(count) * 8 / (now() - start) / 1e9);
+  }
+  uint64_t sum = 0;
+  for (const uint64_t total : totals) sum += total;
+  if (sum == 0) throw std::runtime_error("unreachable: the block holds ones");  // keeps the reads
+  return median(rates);
+}
+
+double measure_gemm(const Kernels& kernels, int n, int k, int tokens, int num_threads, int repeats) {
+  Team team(num_threads);
+  Case matrix(team, kernels, n, k, tokens);
+  return double(n) * k * tokens / matrix.seconds(team, kernels, repeats) / 1e9;
+}
+
+double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats) {
+  Team team(num_threads);
+  Case matrix(team, kernels, n, k, 1);
+  const double bytes = double(matrix.linear.num_panels()) * matrix.linear.num_lines() * kLineBytes;
+  return bytes / matrix.seconds(team, kernels, repeats) / 1e9;
+}
+
+}  // namespace bitdistill

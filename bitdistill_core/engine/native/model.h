@@ -1,0 +1,111 @@
+// The whole decoder: token ids in, final hidden states out. The arithmetic is transformers' in float32, but for the
+// ternary products, which are exact integers.
+#pragma once
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "head.h"
+#include "linear.h"
+
+namespace bitdistill {
+
+struct LayerNorms {
+  const float* input = nullptr;
+  const float* post_attention = nullptr;
+  const float* pre_feedforward = nullptr;   // Gemma
+  const float* post_feedforward = nullptr;  // Gemma
+  const float* query = nullptr;             // q/k norm
+  const float* key = nullptr;
+};
+
+struct Layer {
+  Linear q, k, v, o, gate, up, down;
+  LayerNorms norms;
+  int window = 0;  // 0: sees every position
+  int rope = 0;    // index in ModelConfig::frequencies
+};
+
+struct ModelConfig {
+  int hidden_size, intermediate_size, num_heads, num_key_value_heads, head_dim, vocab_size, max_positions;
+  float norm_eps, norm_offset, sub_norm_eps, embedding_multiplier, attention_scale, logit_softcap;
+  Activation activation;
+  bool has_feedforward_norms;
+  std::vector<std::vector<float>> frequencies;  // (head_dim / 2) of each kind of rotary embedding
+
+  int value_stride() const { return round_up(head_dim, 16); }
+};
+
+// Keys and values of every layer of one sequence.
+class KeyValueCache {
+ public:
+  KeyValueCache(const ModelConfig& config, int num_layers, int capacity, bool half);
+
+  KeyValueHead head(int layer, int index, int first_slot = 0) const;
+  std::size_t bytes() const { return num_layers_ * layer_bytes_; }
+
+  const int capacity;
+  const bool half;
+  int length = 0;
+
+ private:
+  struct Free {
+    void operator()(uint8_t* data) const { std::free(data); }
+  };
+
+  int num_layers_;
+  std::size_t key_bytes_, value_bytes_, layer_bytes_;  // of one head, one head, one layer
+  std::unique_ptr<uint8_t, Free> data_;
+};
+
+// Tokens that follow each other. Their first position is `start`; what is before them is in the cache, or belongs to
+// segment `parent` and its parents, which come earlier in the batch.
+struct Segment {
+  const int32_t* ids;
+  int length;
+  int start;
+  int parent;  // -1: none
+};
+
+class Model {
+ public:
+  Model(ModelConfig config, std::vector<Layer> layers, const float* final_norm, Int8Rows embedding, Int8Rows head,
+        const Kernels& kernels, int num_threads);
+  ~Model();
+
+  // Final hidden states, normed, of the tokens `outputs` (indices into the concatenated segments), (outputs, hidden).
+  // With a cache there is one segment, which starts at the cache's length and is added to it.
+  void forward(const std::vector<Segment>& segments, const std::vector<int>& outputs, KeyValueCache* cache, float* hidden);
+
+  // Logits (num_hidden, num_rows) of some vocabulary rows.
+  void row_logits(const float* hidden, int num_hidden, const std::vector<int>& rows, float* logits);
+  // Logits (num_hidden, vocab).
+  void logits(const float* hidden, int num_hidden, float* logits);
+  // The `count` largest logits, largest first; of equals the lowest id comes first.
+  std::vector<Candidate> top(const float* hidden, int count, HeadStatistics* statistics);
+
+  const ModelConfig config;
+  const Kernels& kernels;
+  const int num_layers;
+  const int hidden_stride;
+  int num_threads() const { return team_.num_threads(); }
+
+ private:
+  struct Workspace;
+  struct Batch;
+
+  void run_chunk(Workspace& workspace, const Batch& batch, int layer, int first, int count);
+  void attend(Workspace& workspace, const Batch& batch, int layer, int first, int count);
+  void softcap(float* logits, std::size_t count) const;
+  std::unique_ptr<Workspace> take_workspace();
+
+  std::vector<Layer> layers_;
+  const float* final_norm_;
+  Int8Rows embedding_, head_;
+  Team team_;
+  std::mutex idle_mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;  // kept from call to call, one for each caller at a time
+};
+
+}  // namespace bitdistill

@@ -1,0 +1,60 @@
+// A team of threads for thousands of short parallel steps a second.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace bitdistill {
+
+// A step is a number of items; every free thread takes the next item until none is left, and the step ends when all
+// items are done, not when all threads have come: a thread that the system has put aside holds nobody up. Between steps
+// a thread looks out for work for some 50 microseconds, then sleeps, so a busy neighbour gets the core.
+//
+// run() may be called from several threads: while one step is shared out, another caller runs its items alone. In a
+// forked child, which has none of the threads, every caller does.
+class Team {
+ public:
+  explicit Team(int num_threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int num_threads() const { return int(workers_.size()) + 1; }
+
+  // Calls work(item, thread) for every item in [0, num_items), thread in [0, num_threads).
+  template <class Work>
+  void run(int num_items, Work&& work) {
+    run(num_items, [](void* context, int item, int thread) { (*static_cast<Work*>(context))(item, thread); }, &work);
+  }
+
+ private:
+  using Function = void (*)(void* context, int item, int thread);
+
+  void run(int num_items, Function function, void* context);
+  void look_out(int thread);
+  // Does items of step `step` until none is left or the step is another.
+  void take_items(uint64_t step, int thread);
+  void publish(uint64_t ticket);
+
+  // Step number, number of items, next item: one comparison shows that a step is still on and has this item.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::atomic<Function> function_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  alignas(64) std::atomic<int> num_done_{0};
+  std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex caller_;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  int spins_;
+  pid_t owner_;
+};
+
+}  // namespace bitdistill
