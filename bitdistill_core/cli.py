@@ -155,13 +155,14 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     stop: Annotated[list[str], typer.Option(help="End before this text.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    kv_dtype: Annotated[str, typer.Option(help="float32, or float16: half the memory of a long context.")] = "float32",
     num_threads: Threads = 0,
 ) -> None:
     """Continue a prompt with a packed model, as it is computed."""
     with one_line_errors():
         from bitdistill_core.engine.model import Engine
 
-        engine = Engine.load(packed_path(model), num_threads=num_threads)
+        engine = Engine.load(packed_path(model), num_threads=num_threads, kv_dtype=kv_dtype)
         for piece in engine.generate(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -214,11 +215,15 @@ def inspect(
 ) -> None:
     """Verify a packed file and show what is in it."""
     with one_line_errors():
-        from bitdistill_core.engine.kernels import active_kernel, available_kernels
+        from bitdistill_core.engine.kernels import active_kernel, available_kernels, built_kernels
 
         content: dict[str, Any] = {}
         if cpu:
-            content.update(kernels=list(available_kernels()), active_kernel=active_kernel())
+            available = available_kernels()
+            kernels = {
+                name: {"needs": needs, "runs_here": name in available} for name, needs in built_kernels().items()
+            }
+            content.update(kernels=kernels, active_kernel=active_kernel())
         if model is not None:
             from bitdistill_core.engine.model import Engine
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 Generate = Callable[[list[int], int], list[float]]  # prompt ids, new tokens -> time of each new token since the start
+Resident = Callable[[], dict[str, int]]  # bytes of each part of a model's file that are in memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Timing:
     added_rss_mib: float
     prefill_spread: tuple[float, float]  # lowest and highest round
     decode_spread: tuple[float, float]
+    resident_mib: dict[str, float]  # of added_rss_mib, for a packed model: pages of its file by part, and the rest
 
 
 def measure(
@@ -70,7 +72,11 @@ def measure(
     return {name: _summary(rounds[name], len(prompt_ids), memory[name]) for name in models}
 
 
-def _summary(rounds: list[list[float]], prompt_tokens: int, memory: Mapping[str, float]) -> Timing:
+def _summary(rounds: list[list[float]], prompt_tokens: int, memory: Mapping[str, Any]) -> Timing:
+    added = memory["peak_rss_mib"] - memory["before_rss_mib"]
+    resident = {part: size / 2**20 for part, size in memory["resident"].items()}
+    if resident:
+        resident["cache_and_buffers"] = added - sum(resident.values())
     prefill = [prompt_tokens / times[0] for times in rounds]
     decode = [(len(times) - 1) / (times[-1] - times[0]) for times in rounds]
     return Timing(
@@ -79,9 +85,10 @@ def _summary(rounds: list[list[float]], prompt_tokens: int, memory: Mapping[str,
         ttft_ms=1000 * statistics.median(times[0] for times in rounds),
         tpot_ms=1000 / statistics.median(decode),
         peak_rss_mib=memory["peak_rss_mib"],
-        added_rss_mib=memory["peak_rss_mib"] - memory["before_rss_mib"],
+        added_rss_mib=added,
         prefill_spread=(min(prefill), max(prefill)),
         decode_spread=(min(decode), max(decode)),
+        resident_mib=resident,
     )
 
 
@@ -94,7 +101,6 @@ class _Worker:
             "env",
             "OMP_WAIT_POLICY=PASSIVE",
             f"OMP_NUM_THREADS={num_threads}",
-            f"OPENBLAS_NUM_THREADS={num_threads}",
         ]
         command += [sys.executable, "-m", "bitdistill_core.latency", str(path), "--num-threads", str(num_threads)]
         self.path = path
@@ -128,7 +134,7 @@ class _Worker:
                 stream.close()
 
 
-def _load_torch(path: Path, num_threads: int) -> Generate:
+def _load_torch(path: Path, num_threads: int) -> tuple[Generate, Resident]:
     import torch
 
     from bitdistill_core.checkpoint import load_model
@@ -146,10 +152,10 @@ def _load_torch(path: Path, num_threads: int) -> Generate:
             times.append(time.perf_counter() - start)
         return times
 
-    return generate
+    return generate, dict
 
 
-def _load_packed(path: Path, num_threads: int) -> Generate:
+def _load_packed(path: Path, num_threads: int) -> tuple[Generate, Resident]:
     from bitdistill_core.engine.model import Engine
 
     engine = Engine.load(path, num_threads=num_threads)
@@ -159,7 +165,7 @@ def _load_packed(path: Path, num_threads: int) -> Generate:
         stream = engine.generate_ids(prompt_ids, new_tokens, ignore_eos=True)
         return [time.perf_counter() - start for _ in stream]
 
-    return generate
+    return generate, engine.resident
 
 
 def _memory_mib(field: str) -> float:
@@ -179,11 +185,12 @@ def _serve(path: Path, num_threads: int) -> None:
     else:
         import bitdistill_core.engine.model  # noqa: F401
     before = _memory_mib("VmRSS")
-    generate = (_load_torch if path.is_dir() else _load_packed)(path, num_threads)
+    generate, resident = (_load_torch if path.is_dir() else _load_packed)(path, num_threads)
     for line in sys.stdin:
         request = json.loads(line)
         if "memory" in request:
-            answer: dict[str, object] = {"peak_rss_mib": _memory_mib("VmHWM"), "before_rss_mib": before}
+            peak = _memory_mib("VmHWM")
+            answer: dict[str, object] = {"peak_rss_mib": peak, "before_rss_mib": before, "resident": resident()}
         else:
             answer = {"times": generate(request["prompt_ids"], request["new_tokens"])}
         print(json.dumps(answer), flush=True)

@@ -36,7 +36,7 @@ FORMAT = "bitdistill"
 FORMAT_VERSION = "2"
 TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
 STREAMED = (".w_packed", ".scan")  # names end so
-HASH_BLOCK_BYTES = 1 << 20
+HASH_BLOCK_BYTES, HASH_THREADS = 1 << 18, 4
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
@@ -197,7 +197,7 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     _check_tensors(f"path={path}", config, tensors)
     offsets = {name: data_begin + entry["data_offsets"][0] for name, entry in header.items()}
     # The bytes are read, not mapped, so that what is never used afterwards does not stay in memory.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         largest_first = sorted(tensors, key=lambda name: -tensors[name].nbytes)
         digests = pool.map(lambda name: _digest(file.fileno(), offsets[name], tensors[name].nbytes), largest_first)
         for name, digest in zip(largest_first, digests, strict=True):
@@ -212,12 +212,13 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
 def _digest(descriptor: int, offset: int, size: int) -> str:
     """SHA-256 of `size` bytes of a file."""
     digest, end = hashlib.sha256(), offset + size
+    buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, size)))
     while offset < end:
-        block = os.pread(descriptor, min(HASH_BLOCK_BYTES, end - offset), offset)
-        if not block:
+        length = os.preadv(descriptor, [buffer[: end - offset]], offset)
+        if not length:
             break  # truncated meanwhile: the checksum will differ
-        digest.update(block)
-        offset += len(block)
+        digest.update(buffer[:length])
+        offset += length
     return digest.hexdigest()
 
 
@@ -300,7 +301,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, 
     not_ours = f"path={path} is not a packed bitdistill model; make one with the pack stage"
     length = int.from_bytes(file.read(8), "little")
     start = file.read(1)
-    if start != b"{" or length > MAX_HEADER_BYTES:
+    if start != b"{" or not 2 <= length <= MAX_HEADER_BYTES:
         raise ValueError(not_ours)
     header_json = start + file.read(length - 1)
     if len(header_json) < length:
@@ -308,7 +309,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, 
     try:
         header = json.loads(header_json)
         metadata = header.pop("__metadata__", {})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"path={path} has an unreadable header; {not_ours}") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "format_version" not in metadata:
         raise ValueError(not_ours)
@@ -318,22 +319,30 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, 
 def _check_header(path: Path, header: dict[str, Any], metadata: dict[str, str]) -> dict[str, str]:
     """The checksums by tensor name, once every entry is known to be well-formed."""
     for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            is_sound = begin >= 0 and min(shape, default=0) >= 0 and end - begin == dtype.itemsize * math.prod(shape)
-        except (KeyError, TypeError, ValueError):
-            is_sound = False
-        if not is_sound:
+        if not _is_sound(entry):
             raise ValueError(f"path={path} is corrupted: the entry of tensor={name} is {entry}; copy or pack it again")
     try:
         config_sha256, checksums = metadata["config_sha256"], json.loads(metadata["checksums"])
-        metadata["created_by"], checksums.items()
+        metadata["created_by"].encode(), checksums.items()
         config_is_sound = hashlib.sha256(metadata["config"].encode()).hexdigest() == config_sha256
-    except (KeyError, TypeError, ValueError, AttributeError):
+        json.loads(metadata["config"]).items()
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"path={path} is corrupted: its metadata cannot be read; copy or pack it again") from None
     if not config_is_sound:
         raise ValueError(f"path={path} is corrupted: the checksum of its config differs; copy or pack it again")
     return checksums
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether a header's entry names a dtype, a shape and as many bytes as they need."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES:
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > 8:
+        return False
+    if not all(type(value) is int and 0 <= value < 2**62 for value in (*shape, *offsets)):
+        return False
+    return offsets[1] - offsets[0] == _DTYPES[entry["dtype"]].itemsize * math.prod(shape)
 
 
 def _map_tensors(file: BinaryIO, header: dict[str, Any], data_begin: int) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ file; `linear_layers` and `norm_layers` derive the tensors such a file must hold
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class EngineConfig:
     eos_token_ids: list[int]
 
     def __post_init__(self) -> None:
+        _check_values(dataclasses.asdict(self))
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
                 "attention needs num_attention_heads divisible by num_key_value_heads and an even head_dim; got "
@@ -67,10 +69,6 @@ class EngineConfig:
             raise ValueError(
                 f"layer_types must name one of {', '.join(self.rope)} for each of num_hidden_layers="
                 f"{self.num_hidden_layers} layers; got layer_types={self.layer_types}"
-            )
-        if self.hidden_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"the engine supports activations {', '.join(ACTIVATIONS)}; got hidden_act={self.hidden_activation}"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ValueError(f"sliding_attention layers need sliding_window; got sliding_window={self.sliding_window}")
@@ -190,6 +188,51 @@ def norm_layers(config: EngineConfig) -> dict[str, int]:
         sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     norms = {f"model.layers.{i}.{name}": size for i in range(config.num_hidden_layers) for name, size in sizes.items()}
     return norms | {"model.norm": config.hidden_size}
+
+
+def _check_values(fields: dict[str, Any]) -> None:
+    """Every field of a config, which may come from a file that anybody wrote."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**31
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+
+    def is_rope(value: Any) -> bool:
+        if not isinstance(value, dict) or not isinstance(value.get("rope_type"), str):
+            return False
+        keys = ROPE_KEYS.get(value["rope_type"])
+        return keys is not None and all(is_number(value.get(key)) and value[key] > 0 for key in ("rope_theta", *keys))
+
+    choices = {"hidden_activation": ACTIVATIONS, "subln": SUBLN_PLACEMENTS, "model_type": SUPPORTED_MODEL_TYPES}
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "layer_types": (
+            "a list of layer types",
+            lambda v: isinstance(v, list) and all(t in (FULL, SLIDING) for t in v),
+        ),
+        "rope": (
+            f"for each layer type a rope_type of {', '.join(ROPE_KEYS)} and its keys above 0",
+            lambda v: isinstance(v, dict) and all(map(is_rope, v.values())),
+        ),
+        "eos_token_ids": ("a list of token ids", lambda v: isinstance(v, list) and all(type(i) is int for i in v)),
+        "sliding_window": ("null or a positive integer", lambda v: v is None or is_count(v)),
+        "final_logit_softcapping": ("null or a number above 0", lambda v: v is None or (is_number(v) and v > 0)),
+    }
+    for field in dataclasses.fields(EngineConfig):
+        name, value = field.name, fields[field.name]
+        if name in choices:
+            rule, is_right = f"one of {', '.join(choices[name])}", value in choices[name]
+        elif name in checks:
+            rule, is_right = checks[name][0], checks[name][1](value)
+        elif field.type is int:
+            rule, is_right = "a positive integer below 2^31", is_count(value)
+        elif field.type is float:
+            rule, is_right = "a finite number", is_number(value) and (value >= 0 or not name.endswith("eps"))
+        else:
+            rule, is_right = "true or false", type(value) is bool
+        if not is_right:
+            raise ValueError(f"the engine's config needs {name} as {rule}; got {name}={value!r}")
 
 
 def _required(hf_config: dict[str, Any], key: str) -> int:

@@ -16,6 +16,7 @@ from bitdistill_core.engine.batching import batches
 from bitdistill_core.engine.config import linear_layers
 from bitdistill_core.engine.decoder import Decoder, Floats
 from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
+from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
 from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
 from bitdistill_core.packing import TOKENIZER, PackedModel, read_packed
@@ -175,17 +176,6 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """Architecture, parameters, bytes by part, kernel and threads."""
         tensors = self.model.tensors
-        endings = (".scan", ".rest", ".row_scale", ".row_norm", ".rest_norm")
-        rows = {name: tensor.nbytes for name, tensor in tensors.items() if name.endswith(endings)}
-        ternary = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(".w_packed"))
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        bytes_by_part = {
-            "ternary_weights": ternary,
-            "embedding": sum(size for name, size in rows.items() if name.startswith("model.embed_tokens.")),
-            "lm_head": sum(size for name, size in rows.items() if name.startswith("lm_head.")),
-            "tokenizer": tensors[TOKENIZER].nbytes,
-        }
-        bytes_by_part["norms_biases_scales"] = total - sum(bytes_by_part.values())
         linears = linear_layers(self.config).values()
         dense = sum(tensor.size for name, tensor in tensors.items() if name.endswith((".weight", ".bias")))
         num_embeddings = 1 if self.config.tie_word_embeddings else 2
@@ -197,12 +187,16 @@ class Engine:
             "subln": self.config.subln,
             "num_parameters": ternary_parameters + embedding_parameters + dense,
             "num_ternary_parameters": ternary_parameters,
-            "bytes": bytes_by_part,
+            "bytes": bytes_by_part(tensors),
             "file_bytes": self.model.path.stat().st_size,
             "created_by": self.model.created_by,
             "kernel": self.kernel,
             "num_threads": self.num_threads,
         }
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of each part of the file in this process's memory now."""
+        return resident_by_part(self.model.tensors)
 
     def _hidden(
         self, sequences: Sequence[Ids], branches: Sequence[Sequence[Ids]] | None = None

@@ -15,7 +15,7 @@ namespace {
 constexpr int kGemvBlockLines = 32768;
 constexpr int kScanBlockGroups = 4096;
 
-// 16 sums of 32 bits. Of this type rather than __m512i, because GCC 12 copies a __m512i before and after every vpdpbusd.
+// 16 sums of 32 bits, not __m512i, which GCC 12 copies before and after every vpdpbusd.
 typedef int32_t Int16x32 __attribute__((vector_size(64)));
 
 BITDISTILL_INLINE __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }

@@ -3,99 +3,10 @@
 // runs elsewhere, so nothing inline from the standard library is used either.
 #pragma once
 
-#include "kernels.h"
-#if defined(__F16C__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace bitdistill {
 namespace {
-
-#define BITDISTILL_INLINE static inline __attribute__((always_inline))
-
-typedef float Float8 __attribute__((vector_size(32)));
-typedef int32_t Int8x32 __attribute__((vector_size(32)));
-typedef float Float8Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
-
-BITDISTILL_INLINE Float8 load8(const float* x) { return *reinterpret_cast<const Float8Unaligned*>(x); }
-BITDISTILL_INLINE void store8(float* x, Float8 v) { *reinterpret_cast<Float8Unaligned*>(x) = v; }
-BITDISTILL_INLINE Float8 all8(float x) { return Float8{x, x, x, x, x, x, x, x}; }
-BITDISTILL_INLINE Float8 min8(Float8 a, Float8 b) { return a < b ? a : b; }
-BITDISTILL_INLINE Float8 max8(Float8 a, Float8 b) { return a > b ? a : b; }
-
-BITDISTILL_INLINE float sum_of(Float8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-BITDISTILL_INLINE float max_of(Float8 v) {
-  float result = v[0];
-  for (int i = 1; i < 8; ++i) result = v[i] > result ? v[i] : result;
-  return result;
-}
-
-// The first n of 8 elements, zeros after them.
-BITDISTILL_INLINE Float8 load_some(const float* x, int n) {
-  float values[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int i = 0; i < n; ++i) values[i] = x[i];
-  return load8(values);
-}
-
-BITDISTILL_INLINE float half_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
-  uint32_t bits = (rest << 13) + (112u << 23);  // the exponent's bias: 15 to 127
-  if (rest >= 0x7c00) bits += 112u << 23;  // infinity and NaN
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  if (rest < 0x0400) value = float(rest) * 0x1p-24f;  // subnormal
-  __builtin_memcpy(&bits, &value, 4);
-  bits |= sign;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Rounds half to even, as vcvtps2ph does; what is too large becomes infinity.
-BITDISTILL_INLINE uint16_t float_to_half(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);
-  if (bits < 0x38800000) {  // below the smallest normal: a multiple of 2^-24
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    const float rounded = (magnitude * 0x1p24f + 12582912.0f) - 12582912.0f;
-    return uint16_t(sign | uint32_t(rounded));
-  }
-  return uint16_t(sign | ((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13));
-}
-
-BITDISTILL_INLINE Float8 load8(const uint16_t* x) {
-#ifdef __F16C__
-  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#else
-  Float8 values;
-  for (int i = 0; i < 8; ++i) values[i] = half_to_float(x[i]);
-  return values;
-#endif
-}
-
-// e^x to about 2 units in the last place; below -87.3 it is 0.
-BITDISTILL_INLINE Float8 exp8(Float8 x) {
-  const Float8 clamped = max8(min8(x, all8(88.3762626f)), all8(-87.3365402f));
-  const Float8 magic = all8(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-  const Float8 shifted = clamped * all8(1.44269504f) + magic;
-  const Float8 n = shifted - magic;
-  Float8 r = clamped - n * all8(0.693359375f);
-  r = r - n * all8(-2.12194440e-4f);
-  Float8 p = all8(1.9875691500e-4f);
-  p = p * r + all8(1.3981999507e-3f);
-  p = p * r + all8(8.3334519073e-3f);
-  p = p * r + all8(4.1665795894e-2f);
-  p = p * r + all8(1.6666665459e-1f);
-  p = p * r + all8(5.0000001201e-1f);
-  p = p * (r * r) + r + all8(1.0f);
-  const Int8x32 exponent = ((Int8x32)shifted - (Int8x32)magic) << 23;
-  const Float8 result = (Float8)((Int8x32)p + exponent);
-  return x < all8(-87.3365402f) ? all8(0.0f) : result;
-}
 
 void finish(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, float weight_scale,
             const float* bias, bool add, float* y, std::size_t stride) {
@@ -130,15 +41,41 @@ void rms_norm(const float* x, const float* weight, float offset, float eps, int 
   for (; i < n; ++i) out[i] = (weight[i] + offset) * (x[i] * scale);
 }
 
+// The nearest integer, half to even. As an instruction where there is one: a compiler may fuse the product before an
+// addition, which rounds once and elsewhere.
+BITDISTILL_INLINE Int8x32 round8(Float8 x) {
+#if defined(__AVX2__)
+  return (Int8x32)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__ARM_NEON)
+  int32x4_t halves[2];
+  float32x4_t parts[2];
+  __builtin_memcpy(parts, &x, sizeof parts);
+  for (int i = 0; i < 2; ++i) halves[i] = vcvtnq_s32_f32(parts[i]);
+  Int8x32 result;
+  __builtin_memcpy(&result, halves, sizeof result);
+  return result;
+#else
+  const Float8 magic = all8(12582912.0f);
+  return (Int8x32)(x + magic) - (Int8x32)magic;
+#endif
+}
+
 float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
   const Int8x32 no_sign = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff,
                            0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
-  Float8 largest = all8(1e-5f);
+  Float8 largest = all8(1e-5f), zeros = all8(0);  // zeros becomes NaN when an element is infinite or NaN
   int i = 0;
-  for (; i + 8 <= n; i += 8) largest = max8(largest, (Float8)((Int8x32)load8(x + i) & no_sign));
-  if (i < n) largest = max8(largest, (Float8)((Int8x32)load_some(x + i, n - i) & no_sign));
-  const float absmax = max_of(largest), inverse = 127.0f / absmax;
-  const Float8 magic = all8(12582912.0f);  // rounds half to even
+  for (; i < n; i += 8) {
+    const Float8 values = i + 8 <= n ? load8(x + i) : load_some(x + i, n - i);
+    largest = max8(largest, (Float8)((Int8x32)values & no_sign));
+    zeros += values * all8(0);
+  }
+  const float absmax = max_of(largest), inverse = 127.0f / absmax, not_finite = sum_of(zeros);
+  if (not_finite != 0) {
+    __builtin_memset(x_int8, 0, n);
+    *sum = 0;
+    return not_finite;
+  }
   Int8x32 sums = {0, 0, 0, 0, 0, 0, 0, 0};
 #ifdef __AVX2__
   for (i = 0; i + 32 <= n; i += 32) {
@@ -157,8 +94,7 @@ float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
 #endif
   for (; i < n; i += 8) {
     const int count = n - i < 8 ? n - i : 8;
-    const Float8 scaled = load_some(x + i, count) * all8(inverse);
-    const Int8x32 q = (Int8x32)(scaled + magic) - (Int8x32)magic;
+    const Int8x32 q = round8((count == 8 ? load8(x + i) : load_some(x + i, count)) * all8(inverse));
     sums += q;
     for (int j = 0; j < count; ++j) x_int8[i + j] = int8_t(q[j]);
   }
@@ -216,20 +152,59 @@ void store_key_value(const KeyValueHead& head, const float* key, const float* va
   }
 }
 
-// c[row][0..15] = sum over i of a[row][i] * b[i * b_stride .. + 15]
+// One register of floats, and how many groups of 16 columns a product of rows takes at once. GCC keeps a vector type in
+// memory where registers are smaller.
+#if defined(__AVX512F__)
+typedef float Register __attribute__((vector_size(64)));
+typedef float RegisterUnaligned __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kGroups = 2;
+#elif defined(__AVX__)
+typedef Float8 Register;
+typedef Float8Unaligned RegisterUnaligned;
+constexpr int kGroups = 1;
+#else
+typedef float Register __attribute__((vector_size(16)));
+typedef float RegisterUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+constexpr int kGroups = 1;
+#endif
+constexpr int kLanes = sizeof(Register) / sizeof(float), kRegisters16 = 16 / kLanes;
+
+BITDISTILL_INLINE Register load_register(const float* x) { return *reinterpret_cast<const RegisterUnaligned*>(x); }
+BITDISTILL_INLINE Register load_register(const uint16_t* x) {
+#if defined(__AVX512F__)
+  return (Register)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__)
+  return load8(x);
+#elif defined(__ARM_NEON)
+  return (Register)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
+#else
+  return Register{half_to_float(x[0]), half_to_float(x[1]), half_to_float(x[2]), half_to_float(x[3])};
+#endif
+}
+
+// c[row][16 g .. 16 g + 15] = scale[row] * sum over i of a[row][i] * b[g][i * b_stride .. + 15]
 template <int ROWS, class B>
-BITDISTILL_INLINE void rows_times_16(const float* const* a, const B* b, std::size_t b_stride, int count,
-                                     Float8 (&c)[ROWS][2]) {
-  for (int r = 0; r < ROWS; ++r) c[r][0] = c[r][1] = all8(0);
+BITDISTILL_INLINE void multiply_rows(const float* const* a, const B* const* b, std::size_t b_stride, int count,
+                                     const float* scale, float (&c)[ROWS][16 * kGroups]) {
+  constexpr int kColumns = kGroups * kRegisters16;
+  Register sums[ROWS][kColumns] = {};
   for (int i = 0; i < count; ++i) {
-    const Float8 b0 = load8(b), b1 = load8(b + 8);
-    b += b_stride;
+    Register columns[kColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      columns[j] = load_register(b[j / kRegisters16] + i * b_stride + j % kRegisters16 * kLanes);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
-      const Float8 x = all8(a[r][i]);
-      c[r][0] += x * b0;
-      c[r][1] += x * b1;
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) sums[r][j] += a[r][i] * columns[j];
     }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) sums[r][j] *= scale[r];
+    __builtin_memcpy(c[r], sums[r], sizeof sums[r]);
   }
 }
 
@@ -258,33 +233,32 @@ void attend_rows(const AttentionTile& tile) {
     last = tile.last[r] > last ? tile.last[r] : last;
   }
   const int begin = first / kKeyBlock * kKeyBlock, end = (last + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
-  const float* weights[ROWS];
-  Float8 c[ROWS][2];
-  for (int block = begin; block < end; block += kKeyBlock) {
-    const T* keys = static_cast<const T*>(tile.head.key) + std::size_t(block) * d;
-    rows_times_16<ROWS, T>(tile.query, keys, kKeyBlock, d, c);
+  const T* columns[kGroups];
+  float c[ROWS][16 * kGroups], scale[ROWS];
+  for (int r = 0; r < ROWS; ++r) scale[r] = tile.scale;
+  for (int block = begin; block < end; block += 16 * kGroups) {
+    for (int g = 0; g < kGroups; ++g) {  // a group that is not there repeats the one before it
+      const int position = block + 16 * g < end ? block + 16 * g : block;
+      columns[g] = static_cast<const T*>(tile.head.key) + std::size_t(position) * d;
+    }
+    multiply_rows<ROWS, T>(tile.query, columns, kKeyBlock, d, scale, c);
+    const int count = end - block < 16 * kGroups ? end - block : 16 * kGroups;
     for (int r = 0; r < ROWS; ++r) {
-      float* scores = tile.scores + std::size_t(r) * tile.scores_stride + block;
-      store8(scores, c[r][0] * all8(tile.scale));
-      store8(scores + 8, c[r][1] * all8(tile.scale));
+      __builtin_memcpy(tile.scores + std::size_t(r) * tile.scores_stride + block, c[r], sizeof(float) * count);
     }
   }
-  float inverse[ROWS];
+  const float* weights[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     float* scores = tile.scores + std::size_t(r) * tile.scores_stride;
-    inverse[r] = softmax_row(scores, begin, end, tile.first[r], tile.last[r]);
+    scale[r] = softmax_row(scores, begin, end, tile.first[r], tile.last[r]);
     weights[r] = scores + begin;
   }
   const T* values = static_cast<const T*>(tile.head.value) + std::size_t(begin) * tile.value_stride;
-  for (int column = 0; column < d; column += 16) {
-    rows_times_16<ROWS, T>(weights, values + column, tile.value_stride, last - begin, c);
-    const int count = d - column < 16 ? d - column : 16;
-    for (int r = 0; r < ROWS; ++r) {
-      float result[16];
-      store8(result, c[r][0] * all8(inverse[r]));
-      store8(result + 8, c[r][1] * all8(inverse[r]));
-      __builtin_memcpy(tile.out[r] + column, result, sizeof(float) * count);
-    }
+  for (int column = 0; column < d; column += 16 * kGroups) {
+    for (int g = 0; g < kGroups; ++g) columns[g] = values + (column + 16 * g < d ? column + 16 * g : column);
+    multiply_rows<ROWS, T>(weights, columns, tile.value_stride, last - begin, scale, c);
+    const int count = d - column < 16 * kGroups ? d - column : 16 * kGroups;
+    for (int r = 0; r < ROWS; ++r) __builtin_memcpy(tile.out[r] + column, c[r], sizeof(float) * count);
   }
 }
 

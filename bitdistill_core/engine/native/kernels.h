@@ -61,6 +61,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float offset, float eps, int n, float* out);
 
   // x_int8 = round_half_even(x * 127 / absmax); absmax has a floor of 1e-5. Returns absmax / 127, and the sum of x_int8.
+  // If an element is infinite or NaN: zeros, and NaN.
   float (*quantize)(const float* x, int n, int8_t* x_int8, int32_t* sum);
 
   // gate = act(gate) * up

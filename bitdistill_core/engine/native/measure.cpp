@@ -57,6 +57,23 @@ struct Case {
   }
 };
 
+// The exclusive or of 64-byte lines, read as the streamed product reads its weights.
+#if defined(__x86_64__)
+__attribute__((target("avx2")))
+#endif
+uint64_t read_lines(const uint64_t* lines, std::size_t count) {
+  typedef uint64_t Lane __attribute__((vector_size(32), may_alias));
+  Lane sums[4] = {};
+  const Lane* lanes = reinterpret_cast<const Lane*>(lines);
+  for (std::size_t i = 0; i + 4 <= count * 2; i += 4) {
+    __builtin_prefetch(lanes + i + 32);
+    __builtin_prefetch(lanes + i + 34);
+    for (int j = 0; j < 4; ++j) sums[j] ^= lanes[i + j];
+  }
+  const Lane sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+  return sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+}
+
 #if defined(__x86_64__)
 // 12 accumulators, as in the matrix product; 32 multiply-adds each.
 __attribute__((target("avx2"))) void multiply_add_block(long count) {
@@ -98,26 +115,21 @@ double measure_multiply_add_ceiling(int num_threads, double seconds) {
 
 double measure_read_bandwidth(int num_threads, int megabytes) {
   Team team(num_threads);
-  const std::size_t count = std::size_t(megabytes) * 1000000 / 8;
-  std::vector<uint64_t> block(count, 1);
-  std::vector<uint64_t> totals(num_threads * 4);
+  const std::size_t num_lines = std::size_t(megabytes) * 1000000 / 64;
+  Buffer<uint64_t> block;
+  std::fill_n(block.get(num_lines * 8), num_lines * 8, 1);
+  const int shares = num_threads * 4;
+  std::vector<uint64_t> results(shares);
   std::vector<double> rates;
   for (int repeat = 0; repeat < 9; ++repeat) {
     const double start = now();
-    team.run(num_threads * 4, [&](int item, int) {
-      const std::size_t first = count * item / totals.size() / 8 * 8, last = count * (item + 1) / totals.size() / 8 * 8;
-      uint64_t total[8] = {};
-      for (std::size_t i = first; i < last; i += 8) {
-        __builtin_prefetch(&block[i] + 128);
-        for (int j = 0; j < 8; ++j) total[j] += block[i + j];
-      }
-      totals[item] = total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7];
+    team.run(shares, [&](int share, int) {
+      const std::size_t first = num_lines * share / shares, last = num_lines * (share + 1) / shares;
+      results[share] = read_lines(block.data() + first * 8, last - first);
     });
-    rates.push_back(double(count) * 8 / (now() - start) / 1e9);
+    rates.push_back(double(num_lines) * 64 / (now() - start) / 1e9);
   }
-  uint64_t sum = 0;
-  for (const uint64_t total : totals) sum += total;
-  if (sum == 0) throw std::runtime_error("unreachable: the block holds ones");  // keeps the reads
+  if (std::count(results.begin(), results.end(), 2) > 0) throw std::runtime_error("unreachable: the block holds ones");
   return median(rates);
 }
 

@@ -20,6 +20,28 @@ void copy_prefix(const KeyValueHead& from, const KeyValueHead& to, int length, i
   std::memcpy(to.value, from.value, sizeof(float) * length * value_stride);
 }
 
+// Norms and rotates `heads` heads of one token.
+void rotate_heads(const Kernels& kernels, const ModelConfig& config, const float* norm, const float* cos,
+                         const float* sin, int heads, float* row) {
+  for (int head = 0; head < heads; ++head, row += config.head_dim) {
+    if (norm != nullptr) kernels.rms_norm(row, norm, config.norm_offset, config.norm_eps, config.head_dim, row);
+    kernels.rotate(row, cos, sin, config.head_dim);
+  }
+}
+
+// Work on every token by itself; few tokens are done sooner than they are handed out.
+template <class Work>
+void for_each_token(Team& team, int count, Work&& work) {
+  if (count <= kStreamTokens) {
+    for (int t = 0; t < count; ++t) work(t);
+    return;
+  }
+  constexpr int kTokens = 8;
+  team.run((count + kTokens - 1) / kTokens, [&](int item, int) {
+    for (int t = item * kTokens; t < std::min(count, (item + 1) * kTokens); ++t) work(t);
+  });
+}
+
 // Tokens that go through a layer together: enough to share unpacked weights, few enough that the buffers stay small.
 constexpr int kChunkTokens = 24 * kTileTokens;
 
@@ -57,6 +79,14 @@ struct Model::Batch {
       last_position = std::max(last_position, segments[s].start + segments[s].length);
     }
   }
+};
+
+// Rows of the residual stream that go through a layer together, and which tokens they are.
+struct Model::Tokens {
+  float* x;  // (count, hidden_stride)
+  const int* segment_of;
+  const int* position_of;
+  int count;
 };
 
 KeyValueCache::KeyValueCache(const ModelConfig& config, int num_layers, int capacity, bool half)
@@ -152,27 +182,47 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
     }
   }
 
+  // Of the last layer's tokens, all give keys and values, but only those whose output is wanted go on.
+  const int last_layer = num_layers - 1;
   for (int layer = 0; layer < num_layers; ++layer) {
     for (int first = 0; first < batch.num_tokens; first += kChunkTokens) {
-      run_chunk(space, batch, layer, first, std::min(kChunkTokens, batch.num_tokens - first));
+      const Tokens tokens{x + std::size_t(first) * hidden_stride, batch.segment_of.data() + first,
+                          batch.position_of.data() + first, std::min(kChunkTokens, batch.num_tokens - first)};
+      run_layer(space, batch, layer, tokens, layer == last_layer ? Part::kKeysAndValues : Part::kAll);
     }
   }
+  std::vector<int> segment_of, position_of;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
-    float* out = hidden + i * hidden_stride;
-    std::memset(out, 0, sizeof(float) * hidden_stride);
-    kernels.rms_norm(x + std::size_t(outputs[i]) * hidden_stride, final_norm_, config.norm_offset, config.norm_eps,
-                     config.hidden_size, out);
+    segment_of.push_back(batch.segment_of[outputs[i]]);
+    position_of.push_back(batch.position_of[outputs[i]]);
+    std::memcpy(hidden + i * hidden_stride, x + std::size_t(outputs[i]) * hidden_stride, sizeof(float) * hidden_stride);
+  }
+  for (int first = 0; first < int(outputs.size()); first += kChunkTokens) {
+    const Tokens tokens{hidden + std::size_t(first) * hidden_stride, segment_of.data() + first,
+                        position_of.data() + first, std::min(kChunkTokens, int(outputs.size()) - first)};
+    run_layer(space, batch, last_layer, tokens, Part::kQueries);
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    float* row = hidden + i * hidden_stride;
+    kernels.rms_norm(row, final_norm_, config.norm_offset, config.norm_eps, config.hidden_size, row);
+    std::memset(row + config.hidden_size, 0, sizeof(float) * (hidden_stride - config.hidden_size));
   }
   if (cache != nullptr) cache->length += batch.num_tokens;
   const std::lock_guard<std::mutex> lock(idle_mutex_);
   idle_.push_back(std::move(workspace));
 }
 
-void Model::run_chunk(Workspace& space, const Batch& batch, int layer_index, int first, int count) {
+KeyValueHead Model::head_of(Workspace& space, const Batch& batch, int layer, int segment, int kv_head) const {
+  if (batch.cache != nullptr) return batch.cache->head(layer, kv_head);
+  return space.layer_cache->head(0, kv_head, batch.first_slot[segment]);
+}
+
+void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens, Part part) {
   const Layer& layer = layers_[layer_index];
+  const int count = tokens.count;
   const std::size_t q_stride = round_up(layer.q.n, kPanelRows), kv_stride = round_up(layer.k.n, kPanelRows);
   const std::size_t inner_stride = round_up(layer.gate.n, kPanelRows);
-  float* x = space.x.data() + std::size_t(first) * hidden_stride;
+  float* const x = tokens.x;
   float* q = space.q.get(count * q_stride);
   float* k = space.k.get(count * kv_stride);
   float* v = space.v.get(count * kv_stride);
@@ -200,17 +250,22 @@ void Model::run_chunk(Workspace& space, const Batch& batch, int layer_index, int
   };
 
   const Norm input = norm(layer.norms.input);
-  quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.q), space.normed);
-  const bool own_norms = layer.k.input_norm != nullptr;
-  if (own_norms) {
+  const bool own_norms = layer.k.input_norm != nullptr;  // SubLN in every linear: each quantises for itself
+  const bool has_queries = part != Part::kKeysAndValues, has_keys = part != Part::kQueries;
+  if (has_queries || !own_norms) {
+    quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.q), space.normed);
+  }
+  if (has_keys && own_norms) {
     quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.k), space.normed_k);
     quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.v), space.normed_v);
   }
   const Product projections[] = {{&layer.q, &space.normed, q, q_stride, false},
                                  {&layer.k, own_norms ? &space.normed_k : &space.normed, k, kv_stride, false},
                                  {&layer.v, own_norms ? &space.normed_v : &space.normed, v, kv_stride, false}};
-  multiply(team_, kernels, scratch, projections, 3);
-  attend(space, batch, layer_index, first, count);
+  multiply(team_, kernels, scratch, projections + (has_queries ? 0 : 1), (has_queries ? 1 : 0) + (has_keys ? 2 : 0));
+  if (has_keys) store_keys_and_values(space, batch, layer_index, tokens);
+  if (!has_queries) return;
+  attend(space, batch, layer_index, tokens);
 
   quantize(space.attended.data(), q_stride, layer.o.k, Norm{}, sub_norm(layer.o), space.normed);
   add_branch(layer.o, config.has_feedforward_norms ? layer.norms.post_attention : nullptr);
@@ -225,46 +280,43 @@ void Model::run_chunk(Workspace& space, const Batch& batch, int layer_index, int
   add_branch(layer.down, config.has_feedforward_norms ? layer.norms.post_feedforward : nullptr);
 }
 
-void Model::attend(Workspace& space, const Batch& batch, int layer_index, int first, int count) {
+void Model::store_keys_and_values(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens) {
+  const Layer& layer = layers_[layer_index];
+  const int d = config.head_dim, kv_heads = config.num_key_value_heads;
+  const std::size_t stride = round_up(layer.k.n, kPanelRows);
+  for_each_token(team_, tokens.count, [&](int t) {
+    const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
+    float* key = space.k.data() + t * stride;
+    rotate_heads(kernels, config, layer.norms.key, space.cos[layer.rope].data() + angle,
+                 space.sin[layer.rope].data() + angle, kv_heads, key);
+    for (int head = 0; head < kv_heads; ++head) {
+      kernels.store_key_value(head_of(space, batch, layer_index, tokens.segment_of[t], head), key + head * d,
+                              space.v.data() + t * stride + head * d, tokens.position_of[t], d, config.value_stride());
+    }
+  });
+  // A segment that begins here gets its parent's keys and values, which are all there by now.
+  for (int t = 0; t < tokens.count; ++t) {
+    const int s = tokens.segment_of[t];
+    const Segment& segment = batch.segments[s];
+    if (segment.parent < 0 || tokens.position_of[t] != segment.start) continue;
+    for (int head = 0; head < kv_heads; ++head) {
+      copy_prefix(head_of(space, batch, layer_index, segment.parent, head), head_of(space, batch, layer_index, s, head),
+                  segment.start, d, config.value_stride());
+    }
+  }
+}
+
+void Model::attend(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens) {
   const Layer& layer = layers_[layer_index];
   const int d = config.head_dim, kv_heads = config.num_key_value_heads, group = config.num_heads / kv_heads;
-  const int value_stride = config.value_stride();
-  const std::size_t q_stride = round_up(layer.q.n, kPanelRows), kv_stride = round_up(layer.k.n, kPanelRows);
+  const std::size_t stride = round_up(layer.q.n, kPanelRows);
   float* const q = space.q.data();
-  float* const k = space.k.data();
-  float* const attended = space.attended.get(count * q_stride);
-  const auto head_of = [&](int segment, int kv_head) {
-    if (batch.cache != nullptr) return batch.cache->head(layer_index, kv_head);
-    return space.layer_cache->head(0, kv_head, batch.first_slot[segment]);
-  };
-
-  // Norm and rotate queries and keys, store keys and values.
-  const auto prepare = [&](int t) {
-    const int position = batch.position_of[first + t], segment = batch.segment_of[first + t];
-    const std::size_t angle = std::size_t(position - space.first_position) * (d / 2);
-    const float *cos = space.cos[layer.rope].data() + angle, *sin = space.sin[layer.rope].data() + angle;
-    const auto turn = [&](float* row, int heads, const float* norm) {
-      for (int head = 0; head < heads; ++head) {
-        float* x = row + head * d;
-        if (norm != nullptr) kernels.rms_norm(x, norm, config.norm_offset, config.norm_eps, d, x);
-        kernels.rotate(x, cos, sin, d);
-      }
-    };
-    turn(q + t * q_stride, config.num_heads, layer.norms.query);
-    turn(k + t * kv_stride, kv_heads, layer.norms.key);
-    for (int head = 0; head < kv_heads; ++head) {
-      kernels.store_key_value(head_of(segment, head), k + t * kv_stride + head * d,
-                              space.v.data() + t * kv_stride + head * d, position, d, value_stride);
-    }
-  };
-  if (count <= kStreamTokens) {
-    for (int t = 0; t < count; ++t) prepare(t);
-  } else {
-    constexpr int kTokens = 8;
-    team_.run((count + kTokens - 1) / kTokens, [&](int item, int) {
-      for (int t = item * kTokens; t < std::min(count, (item + 1) * kTokens); ++t) prepare(t);
-    });
-  }
+  float* const attended = space.attended.get(tokens.count * stride);
+  for_each_token(team_, tokens.count, [&](int t) {
+    const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
+    rotate_heads(kernels, config, layer.norms.query, space.cos[layer.rope].data() + angle,
+                 space.sin[layer.rope].data() + angle, config.num_heads, q + t * stride);
+  });
 
   // Rows of one kv head are (token, query head of its group); a share is up to kShareTiles tiles of them.
   struct Share {
@@ -273,22 +325,17 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, int fi
   constexpr int kShareTiles = 8;
   std::vector<Share> shares;
   int longest = 0;
-  for (int t = 0; t < count;) {
-    const int segment = batch.segment_of[first + t];
-    const int end = std::min(batch.first_token[segment] + batch.segments[segment].length - first, count);
-    // A segment that begins here gets its parent's keys and values, which are all there by now.
-    if (batch.segments[segment].parent >= 0 && batch.first_token[segment] == first + t) {
-      for (int head = 0; head < kv_heads; ++head) {
-        copy_prefix(head_of(batch.segments[segment].parent, head), head_of(segment, head),
-                    batch.segments[segment].start, d, value_stride);
-      }
+  for (int t = 0; t < tokens.count;) {
+    const int segment = tokens.segment_of[t];
+    int end = t;
+    for (; end < tokens.count && tokens.segment_of[end] == segment; ++end) {
+      longest = std::max(longest, tokens.position_of[end] + 1);
     }
     for (int head = 0; head < kv_heads; ++head) {
       for (int row = 0; row < (end - t) * group; row += kShareTiles * kTileTokens) {
         shares.push_back({segment, t, end - t, head, row});
       }
     }
-    longest = std::max(longest, batch.position_of[first + end - 1] + 1);
     t = end;
   }
   const int scores_stride = round_up(longest, kKeyBlock);
@@ -296,9 +343,9 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, int fi
     const Share& share = shares[item];
     AttentionTile tile;
     tile.head_dim = d;
-    tile.value_stride = value_stride;
+    tile.value_stride = config.value_stride();
     tile.scale = config.attention_scale;
-    tile.head = head_of(share.segment, share.kv_head);
+    tile.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
     tile.scores_stride = scores_stride;
     tile.scores = space.scratch[thread].scores.get(std::size_t(kTileTokens) * scores_stride);
     const int num_rows = share.num_tokens * group;
@@ -306,9 +353,8 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, int fi
     for (int row = share.first_row; row < last_row; row += kTileTokens) {
       tile.rows = std::min(kTileTokens, last_row - row);
       for (int r = 0; r < tile.rows; ++r) {
-        const int token = share.first_token + (row + r) / group;
-        const std::size_t at = token * q_stride + (share.kv_head * group + (row + r) % group) * d;
-        const int position = batch.position_of[first + token];
+        const int token = share.first_token + (row + r) / group, position = tokens.position_of[token];
+        const std::size_t at = token * stride + (share.kv_head * group + (row + r) % group) * d;
         tile.query[r] = q + at;
         tile.out[r] = attended + at;
         tile.first[r] = layer.window > 0 ? std::max(0, position + 1 - layer.window) : 0;

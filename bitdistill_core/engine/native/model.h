@@ -94,9 +94,13 @@ class Model {
  private:
   struct Workspace;
   struct Batch;
+  struct Tokens;
+  enum class Part { kAll, kKeysAndValues, kQueries };
 
-  void run_chunk(Workspace& workspace, const Batch& batch, int layer, int first, int count);
-  void attend(Workspace& workspace, const Batch& batch, int layer, int first, int count);
+  void run_layer(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens, Part part);
+  void store_keys_and_values(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
+  void attend(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
+  KeyValueHead head_of(Workspace& workspace, const Batch& batch, int layer, int segment, int kv_head) const;
   void softcap(float* logits, std::size_t count) const;
   std::unique_ptr<Workspace> take_workspace();
 

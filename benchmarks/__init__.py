@@ -1,0 +1,1 @@
+"""Timed comparisons with other CPU engines. Never tests: what must hold is in tests/."""
