@@ -60,6 +60,11 @@ class Decoder:
             parents: for each segment the earlier segment it continues, or -1. None: no segment continues another.
             cache: of one sequence; then there is one segment, which follows the positions in the cache and joins them.
         """
+        if cache is not None and cache.length + len(segments[0]) > cache.capacity:
+            raise ValueError(
+                f"the cache must hold every position; got capacity={cache.capacity} length={cache.length} "
+                f"num_tokens={len(segments[0])}"
+            )
         return self._native.forward(list(segments), list(parents or [-1] * len(segments)), list(outputs), cache)
 
     def row_logits(self, hidden: Floats, rows: Sequence[int]) -> Floats:

@@ -23,7 +23,7 @@ from bitdistill_core.packing import TOKENIZER, PackedModel, read_packed
 
 Ids = NDArray[np.int32]
 
-PREFILL_TOKENS = 288  # of a prompt at once
+PREFILL_TOKENS = 192  # of a prompt at once
 LOGIT_ROWS = 16  # rows of logits over the whole vocabulary at once
 
 

@@ -111,7 +111,8 @@ class PackedModel {
   }
 
   std::unique_ptr<KeyValueCache> new_cache(int capacity, bool half) const {
-    return std::make_unique<KeyValueCache>(model_->config, model_->num_layers, capacity, half);
+    return std::make_unique<KeyValueCache>(model_->num_layers, model_->config.num_key_value_heads,
+                                           model_->config.head_dim, capacity, half);
   }
 
   NumPy<float> forward(const std::vector<Array<const int32_t, 1>>& ids, const std::vector<int>& parents,

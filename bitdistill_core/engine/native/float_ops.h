@@ -172,7 +172,7 @@ constexpr int kLanes = sizeof(Register) / sizeof(float), kRegisters16 = 16 / kLa
 BITDISTILL_INLINE Register load_register(const float* x) { return *reinterpret_cast<const RegisterUnaligned*>(x); }
 BITDISTILL_INLINE Register load_register(const uint16_t* x) {
 #if defined(__AVX512F__)
-  return (Register)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return (Register)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 #elif defined(__F16C__)
   return load8(x);
 #elif defined(__ARM_NEON)

@@ -135,33 +135,45 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   }
   const QuantizedQuery query(kernels, x, rows.padded_size());
   const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
-  const auto share_rows = [&](int share) {
-    return std::pair(share * kSharePanels * kPanelRows, std::min(V, (share + 1) * kSharePanels * kPanelRows));
-  };
-
   // 1. The upper five bits of every row, and the rows that look largest by them. q . w = 8 q . (u >> 3) + q . (u & 7)
   //    - 128 sum q; the lower bits are taken for their middle, 3.5. Twice that is an integer.
   const int32_t middle = (7 - 256) * query.sum;
   std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
-  const auto coarse = [&](int v) { return rows.row_scale[v] * (0.5f * query.scale) * float(16 * sums[v] + middle); };
+  const float half_scale = 0.5f * query.scale;
+  // Of a panel's rows; those beyond the vocabulary are -infinity. Plain loops of 16, for the compiler to vectorise.
+  const auto coarse = [&](int panel, float* values) {
+    const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
+    for (int r = 0; r < kPanelRows; ++r) values[r] = half_scale * float(16 * sums[first + r] + middle);
+    if (count == kPanelRows) {
+      for (int r = 0; r < kPanelRows; ++r) values[r] *= rows.row_scale[first + r];
+      return;
+    }
+    for (int r = 0; r < kPanelRows; ++r) values[r] = r < count ? values[r] * rows.row_scale[first + r] : -INFINITY;
+  };
+  const auto largest_of = [](const float* values) {
+    float largest[4] = {values[0], values[1], values[2], values[3]};
+    for (int r = 4; r < kPanelRows; ++r) largest[r % 4] = std::max(largest[r % 4], values[r]);
+    return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3]));
+  };
   const std::size_t num_guesses = std::max(count, kFirstGuesses);
   std::vector<std::vector<Candidate>> found(num_shares);
   team.run(num_shares, [&](int share, int) {
-    const auto [first, last] = share_rows(share);
+    std::vector<Candidate>& best = found[share];  // a heap, smallest first
+    float values[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
       kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
                          sums.data() + std::size_t(panel) * kPanelRows);
-    }
-    std::vector<Candidate>& best = found[share];  // a heap, smallest first
-    for (int v = first; v < last; ++v) {
-      const float value = coarse(v);
-      if (best.size() == num_guesses && value <= best.front().logit) continue;
-      if (best.size() == num_guesses) {
-        std::pop_heap(best.begin(), best.end(), goes_before);
-        best.pop_back();
+      coarse(panel, values);
+      if (best.size() == num_guesses && largest_of(values) <= best.front().logit) continue;
+      for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
+        if (best.size() == num_guesses) {
+          if (values[r] <= best.front().logit) continue;
+          std::pop_heap(best.begin(), best.end(), goes_before);
+          best.pop_back();
+        }
+        best.push_back({values[r], panel * kPanelRows + r});
+        std::push_heap(best.begin(), best.end(), goes_before);
       }
-      best.push_back({value, v});
-      std::push_heap(best.begin(), best.end(), goes_before);
     }
   });
   std::vector<Candidate> guesses;
@@ -187,26 +199,35 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   const float per_rest_norm = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
   std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
   team.run(num_shares, [&](int share, int) {
-    const auto [first, last] = share_rows(share);
     found[share].clear();
     std::vector<uint8_t> rest(rows.rest_bytes());
     std::vector<int8_t> w_int8(rows.padded_size());
     int refined = 0, computed = 0;
-    for (int v = first; v < last; ++v) {
-      const float error = rows.row_scale[v] * per_row_norm * rows.row_norm[v];
-      if (coarse(v) + rows.row_scale[v] * per_rest_norm * rows.rest_norm[v] + error < floor) continue;
-      ++refined;
-      if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest.data())) {
-        is_read = false;
-        return;
+    float values[kPanelRows];
+    for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
+      coarse(panel, values);
+      const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
+      for (int r = 0; r < count; ++r) {
+        values[r] += rows.row_scale[first + r] *
+                     (per_rest_norm * rows.rest_norm[first + r] + per_row_norm * rows.row_norm[first + r]);
       }
-      const int32_t sum = 8 * sums[v] + kernels.rest_dot(rest.data(), rows.num_groups(), query.x_int8.data());
-      if (rows.row_scale[v] * query.scale * float(sum - 128 * query.sum) + error < floor) continue;
-      ++computed;
-      kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rest.data(),
-                         rows.num_groups(), w_int8.data());
-      const float logit = kernels.dot(x, w_int8.data(), rows.padded_size()) * rows.row_scale[v];
-      if (logit >= floor) found[share].push_back({logit, v});
+      if (largest_of(values) < floor) continue;
+      for (int v = first; v < first + count; ++v) {
+        if (values[v - first] < floor) continue;
+        ++refined;
+        if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest.data())) {
+          is_read = false;
+          return;
+        }
+        const int32_t sum = 8 * sums[v] + kernels.rest_dot(rest.data(), rows.num_groups(), query.x_int8.data());
+        const float refined_logit = rows.row_scale[v] * query.scale * float(sum - 128 * query.sum);
+        if (refined_logit + rows.row_scale[v] * per_row_norm * rows.row_norm[v] < floor) continue;
+        ++computed;
+        kernels.decode_row(rows.scan + panel * rows.panel_bytes(), v - first, rest.data(), rows.num_groups(),
+                           w_int8.data());
+        const float logit = kernels.dot(x, w_int8.data(), rows.padded_size()) * rows.row_scale[v];
+        if (logit >= floor) found[share].push_back({logit, v});
+      }
     }
     num_refined += refined;
     num_exact += computed;

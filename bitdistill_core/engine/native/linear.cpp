@@ -6,8 +6,10 @@
 namespace bitdistill {
 namespace {
 
-// Shares of a step: enough that a slow thread takes fewer, few enough that each reads a long stream.
-int num_shares(const Team& team, int num_panels) { return std::min(num_panels, 4 * team.num_threads()); }
+// Shares of a step: enough that a slow thread takes fewer; as long as can be where weights stream from memory.
+int num_shares(const Team& team, int num_panels, bool tiled) {
+  return std::min(num_panels, (tiled ? 6 : 2) * team.num_threads());
+}
 
 void stream_panel(const Kernels& kernels, const Product& product, int panel) {
   const Linear& linear = *product.linear;
@@ -29,7 +31,13 @@ void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product
   uint8_t* codes = scratch.codes.get(std::size_t(x.padded_k) * kPanelRows);
   kernels.unpack_panel(linear.panel(panel), linear.num_lines(), codes);
   alignas(32) int32_t sums[kTileTokens * kPanelRows];
+  // The next panel comes from memory while this one is multiplied, a piece with every tile.
+  const char* next = reinterpret_cast<const char*>(linear.panel(panel + 1));
+  const int next_lines = panel + 1 < linear.num_panels() ? linear.num_lines() : 0;
   for (int tile = 0; tile < x.num_tiles(); ++tile) {
+    for (int line = next_lines * tile / x.num_tiles(); line < next_lines * (tile + 1) / x.num_tiles(); ++line) {
+      __builtin_prefetch(next + std::size_t(line) * kLineBytes);
+    }
     const int first = tile * kTileTokens, tokens = std::min(kTileTokens, x.num_tokens - first);
     kernels.gemm_tile(codes, x.x_int8.data() + std::size_t(first) * x.padded_k, x.padded_k / 4, sums);
     after_tile(sums, first, tokens);
@@ -103,7 +111,7 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products) {
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  const int shares = num_shares(team, num_panels);
+  const int shares = num_shares(team, num_panels, products[0].x->tiled());
   team.run(shares, [&](int share, int thread) {
     int first = int(int64_t(num_panels) * share / shares), last = int(int64_t(num_panels) * (share + 1) / shares);
     for (const Product* product = products; first < last; ++product) {
@@ -118,7 +126,7 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
 
 void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
                     Activation activation) {
-  const int num_panels = gate.linear->num_panels(), shares = num_shares(team, num_panels);
+  const int num_panels = gate.linear->num_panels(), shares = num_shares(team, num_panels, gate.x->tiled());
   const int num_tokens = gate.x->num_tokens;
   team.run(shares, [&](int share, int thread) {
     float* up_tile = scratch[thread].up.get(kTileTokens * kPanelRows);

@@ -7,19 +7,6 @@
 namespace bitdistill {
 namespace {
 
-// Keys and values of the first `length` positions, float32. The last block may already hold later positions of `to`.
-void copy_prefix(const KeyValueHead& from, const KeyValueHead& to, int length, int head_dim, int value_stride) {
-  const auto* from_key = static_cast<const float*>(from.key);
-  auto* to_key = static_cast<float*>(to.key);
-  const int whole = length / kKeyBlock * kKeyBlock;
-  std::memcpy(to_key, from_key, sizeof(float) * whole * head_dim);
-  for (int i = 0; i < head_dim; ++i) {
-    const std::size_t row = std::size_t(whole) * head_dim + i * kKeyBlock;
-    std::memcpy(to_key + row, from_key + row, sizeof(float) * (length - whole));
-  }
-  std::memcpy(to.value, from.value, sizeof(float) * length * value_stride);
-}
-
 // Norms and rotates `heads` heads of one token.
 void rotate_heads(const Kernels& kernels, const ModelConfig& config, const float* norm, const float* cos,
                          const float* sin, int heads, float* row) {
@@ -43,13 +30,17 @@ void for_each_token(Team& team, int count, Work&& work) {
 }
 
 // Tokens that go through a layer together: enough to share unpacked weights, few enough that the buffers stay small.
-constexpr int kChunkTokens = 24 * kTileTokens;
+constexpr int kChunkTokens = 16 * kTileTokens;
+
+// Rows of attention that a thread takes at once.
+constexpr int kShareRows = 8 * kTileTokens;
 
 }  // namespace
 
 struct Model::Workspace {
   Buffer<float> x;  // the residual stream of the whole batch
-  Buffer<float> q, k, v, attended, inner, branch;
+  Buffer<float> q, attended, branch;
+  Buffer<float> inner;  // keys and values, then the gated inner activations
   Int8Tokens normed, normed_k, normed_v;  // the latter two where SubLN gives each linear a norm of its own
   std::vector<std::vector<float>> cos, sin;  // of each kind of rotary embedding, (positions, head_dim / 2)
   int first_position = 0;
@@ -88,22 +79,6 @@ struct Model::Tokens {
   const int* position_of;
   int count;
 };
-
-KeyValueCache::KeyValueCache(const ModelConfig& config, int num_layers, int capacity, bool half)
-    : capacity(round_up(capacity, kKeyBlock)), half(half), num_layers_(num_layers) {
-  const std::size_t element = half ? sizeof(uint16_t) : sizeof(float);
-  key_bytes_ = element * config.head_dim * this->capacity;
-  value_bytes_ = element * config.value_stride() * this->capacity;
-  layer_bytes_ = (key_bytes_ + value_bytes_) * config.num_key_value_heads;
-  // Zeros: positions that are not there yet are read along with their block. Memory comes when it is touched.
-  data_.reset(static_cast<uint8_t*>(std::calloc(bytes(), 1)));
-  if (!data_) throw std::bad_alloc();
-}
-
-KeyValueHead KeyValueCache::head(int layer, int index, int first_slot) const {
-  uint8_t* begin = data_.get() + layer * layer_bytes_ + index * (key_bytes_ + value_bytes_);
-  return {begin + key_bytes_ / capacity * first_slot, begin + key_bytes_ + value_bytes_ / capacity * first_slot, half};
-}
 
 Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_norm, Int8Rows embedding, Int8Rows head,
              const Kernels& kernels, int num_threads)
@@ -158,7 +133,7 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
 
   if (cache == nullptr && (!space.layer_cache || space.layer_cache->capacity < batch.num_slots)) {
     space.layer_cache.reset();
-    space.layer_cache = std::make_unique<KeyValueCache>(config, 1, batch.num_slots, false);
+    space.layer_cache = std::make_unique<KeyValueCache>(1, config.num_key_value_heads, config.head_dim, batch.num_slots, false);
   }
 
   // Embedding rows come from the file, a token each; neighbours are often the same.
@@ -184,11 +159,12 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
 
   // Of the last layer's tokens, all give keys and values, but only those whose output is wanted go on.
   const int last_layer = num_layers - 1;
+  const bool all_wanted = int(outputs.size()) == batch.num_tokens;
   for (int layer = 0; layer < num_layers; ++layer) {
     for (int first = 0; first < batch.num_tokens; first += kChunkTokens) {
       const Tokens tokens{x + std::size_t(first) * hidden_stride, batch.segment_of.data() + first,
                           batch.position_of.data() + first, std::min(kChunkTokens, batch.num_tokens - first)};
-      run_layer(space, batch, layer, tokens, layer == last_layer ? Part::kKeysAndValues : Part::kAll);
+      run_layer(space, batch, layer, tokens, layer < last_layer || all_wanted ? Part::kAll : Part::kKeysAndValues);
     }
   }
   std::vector<int> segment_of, position_of;
@@ -197,7 +173,7 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
     position_of.push_back(batch.position_of[outputs[i]]);
     std::memcpy(hidden + i * hidden_stride, x + std::size_t(outputs[i]) * hidden_stride, sizeof(float) * hidden_stride);
   }
-  for (int first = 0; first < int(outputs.size()); first += kChunkTokens) {
+  for (int first = 0; first < int(outputs.size()) && !all_wanted; first += kChunkTokens) {
     const Tokens tokens{hidden + std::size_t(first) * hidden_stride, segment_of.data() + first,
                         position_of.data() + first, std::min(kChunkTokens, int(outputs.size()) - first)};
     run_layer(space, batch, last_layer, tokens, Part::kQueries);
@@ -224,8 +200,8 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   const std::size_t inner_stride = round_up(layer.gate.n, kPanelRows);
   float* const x = tokens.x;
   float* q = space.q.get(count * q_stride);
-  float* k = space.k.get(count * kv_stride);
-  float* v = space.v.get(count * kv_stride);
+  float* inner = space.inner.get(count * std::max(inner_stride, 2 * kv_stride));
+  float *const k = inner, *const v = inner + count * kv_stride;
   Scratch* scratch = space.scratch.data();
   const auto norm = [&](const float* weight) { return Norm{weight, config.norm_offset, config.norm_eps}; };
   const auto sub_norm = [&](const Linear& linear) { return Norm{linear.input_norm, 0, config.sub_norm_eps}; };
@@ -263,7 +239,7 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
                                  {&layer.k, own_norms ? &space.normed_k : &space.normed, k, kv_stride, false},
                                  {&layer.v, own_norms ? &space.normed_v : &space.normed, v, kv_stride, false}};
   multiply(team_, kernels, scratch, projections + (has_queries ? 0 : 1), (has_queries ? 1 : 0) + (has_keys ? 2 : 0));
-  if (has_keys) store_keys_and_values(space, batch, layer_index, tokens);
+  if (has_keys && !is_single(batch, tokens)) store_keys_and_values(space, batch, layer_index, tokens);
   if (!has_queries) return;
   attend(space, batch, layer_index, tokens);
 
@@ -273,11 +249,15 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   const Norm before = norm(config.has_feedforward_norms ? layer.norms.pre_feedforward : layer.norms.post_attention);
   quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.gate), space.normed);
   if (own_norms) quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.up), space.normed_k);
-  float* inner = space.inner.get(count * inner_stride);
   multiply_gated(team_, kernels, scratch, {&layer.gate, &space.normed, inner, inner_stride, false},
                  {&layer.up, own_norms ? &space.normed_k : &space.normed, nullptr, 0, false}, config.activation);
   quantize(inner, inner_stride, layer.down.k, Norm{}, sub_norm(layer.down), space.normed);
   add_branch(layer.down, config.has_feedforward_norms ? layer.norms.post_feedforward : nullptr);
+}
+
+bool Model::is_single(const Batch& batch, const Tokens& tokens) const {
+  return batch.cache != nullptr && batch.num_tokens == 1 && tokens.count == 1 &&
+         config.num_heads / config.num_key_value_heads <= kShareRows;
 }
 
 void Model::store_keys_and_values(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens) {
@@ -286,12 +266,13 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
   const std::size_t stride = round_up(layer.k.n, kPanelRows);
   for_each_token(team_, tokens.count, [&](int t) {
     const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
-    float* key = space.k.data() + t * stride;
+    float* key = space.inner.data() + t * stride;
+    const float* value = space.inner.data() + (tokens.count + t) * stride;
     rotate_heads(kernels, config, layer.norms.key, space.cos[layer.rope].data() + angle,
                  space.sin[layer.rope].data() + angle, kv_heads, key);
     for (int head = 0; head < kv_heads; ++head) {
       kernels.store_key_value(head_of(space, batch, layer_index, tokens.segment_of[t], head), key + head * d,
-                              space.v.data() + t * stride + head * d, tokens.position_of[t], d, config.value_stride());
+                              value + head * d, tokens.position_of[t], d, config.value_stride());
     }
   });
   // A segment that begins here gets its parent's keys and values, which are all there by now.
@@ -301,7 +282,7 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
     if (segment.parent < 0 || tokens.position_of[t] != segment.start) continue;
     for (int head = 0; head < kv_heads; ++head) {
       copy_prefix(head_of(space, batch, layer_index, segment.parent, head), head_of(space, batch, layer_index, s, head),
-                  segment.start, d, config.value_stride());
+                  segment.start, d);
     }
   }
 }
@@ -312,17 +293,20 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
   const std::size_t stride = round_up(layer.q.n, kPanelRows);
   float* const q = space.q.data();
   float* const attended = space.attended.get(tokens.count * stride);
-  for_each_token(team_, tokens.count, [&](int t) {
+  const auto rotate = [&](int t, const float* norm, int heads, float* row) {
     const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
-    rotate_heads(kernels, config, layer.norms.query, space.cos[layer.rope].data() + angle,
-                 space.sin[layer.rope].data() + angle, config.num_heads, q + t * stride);
-  });
+    rotate_heads(kernels, config, norm, space.cos[layer.rope].data() + angle, space.sin[layer.rope].data() + angle,
+                 heads, row);
+  };
+  const bool single = is_single(batch, tokens);
+  if (!single) {
+    for_each_token(team_, tokens.count, [&](int t) { rotate(t, layer.norms.query, config.num_heads, q + t * stride); });
+  }
 
-  // Rows of one kv head are (token, query head of its group); a share is up to kShareTiles tiles of them.
+  // Rows of one kv head are (token, query head of its group); a share is up to kShareRows of them.
   struct Share {
     int segment, first_token, num_tokens, kv_head, first_row;
   };
-  constexpr int kShareTiles = 8;
   std::vector<Share> shares;
   int longest = 0;
   for (int t = 0; t < tokens.count;) {
@@ -332,7 +316,7 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
       longest = std::max(longest, tokens.position_of[end] + 1);
     }
     for (int head = 0; head < kv_heads; ++head) {
-      for (int row = 0; row < (end - t) * group; row += kShareTiles * kTileTokens) {
+      for (int row = 0; row < (end - t) * group; row += kShareRows) {
         shares.push_back({segment, t, end - t, head, row});
       }
     }
@@ -346,10 +330,17 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     tile.value_stride = config.value_stride();
     tile.scale = config.attention_scale;
     tile.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
+    if (single) {  // one token of a generation: a step less if each head prepares itself
+      const std::size_t kv_stride = round_up(layer.k.n, kPanelRows);
+      float* const key = space.inner.data() + share.kv_head * d;
+      rotate(0, layer.norms.key, 1, key);
+      kernels.store_key_value(tile.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());
+      rotate(0, layer.norms.query, group, q + share.kv_head * group * d);
+    }
     tile.scores_stride = scores_stride;
     tile.scores = space.scratch[thread].scores.get(std::size_t(kTileTokens) * scores_stride);
     const int num_rows = share.num_tokens * group;
-    const int last_row = std::min(num_rows, share.first_row + kShareTiles * kTileTokens);
+    const int last_row = std::min(num_rows, share.first_row + kShareRows);
     for (int row = share.first_row; row < last_row; row += kTileTokens) {
       tile.rows = std::min(kTileTokens, last_row - row);
       for (int r = 0; r < tile.rows; ++r) {

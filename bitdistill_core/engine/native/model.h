@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cache.h"
 #include "head.h"
 #include "linear.h"
 
@@ -28,35 +29,13 @@ struct Layer {
 };
 
 struct ModelConfig {
-  int hidden_size, intermediate_size, num_heads, num_key_value_heads, head_dim, vocab_size, max_positions;
+  int hidden_size, intermediate_size, num_heads, num_key_value_heads, head_dim, vocab_size;
   float norm_eps, norm_offset, sub_norm_eps, embedding_multiplier, attention_scale, logit_softcap;
   Activation activation;
   bool has_feedforward_norms;
   std::vector<std::vector<float>> frequencies;  // (head_dim / 2) of each kind of rotary embedding
 
-  int value_stride() const { return round_up(head_dim, 16); }
-};
-
-// Keys and values of every layer of one sequence.
-class KeyValueCache {
- public:
-  KeyValueCache(const ModelConfig& config, int num_layers, int capacity, bool half);
-
-  KeyValueHead head(int layer, int index, int first_slot = 0) const;
-  std::size_t bytes() const { return num_layers_ * layer_bytes_; }
-
-  const int capacity;
-  const bool half;
-  int length = 0;
-
- private:
-  struct Free {
-    void operator()(uint8_t* data) const { std::free(data); }
-  };
-
-  int num_layers_;
-  std::size_t key_bytes_, value_bytes_, layer_bytes_;  // of one head, one head, one layer
-  std::unique_ptr<uint8_t, Free> data_;
+  int value_stride() const { return bitdistill::value_stride(head_dim); }
 };
 
 // Tokens that follow each other. Their first position is `start`; what is before them is in the cache, or belongs to
@@ -100,6 +79,7 @@ class Model {
   void run_layer(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens, Part part);
   void store_keys_and_values(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
   void attend(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
+  bool is_single(const Batch& batch, const Tokens& tokens) const;
   KeyValueHead head_of(Workspace& workspace, const Batch& batch, int layer, int segment, int kv_head) const;
   void softcap(float* logits, std::size_t count) const;
   std::unique_ptr<Workspace> take_workspace();
