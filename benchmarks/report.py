@@ -6,25 +6,21 @@ images/engine-roofline.png and images/engine-speed.png of the 0.6B result, or of
 
 import argparse
 import json
-import math
 import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import NullLocator, StrMethodFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, IdentityTransform
 
 from benchmarks import shapes
 from benchmarks.engine import ALL_TESTS, DECODE, ENGINE, KERNELS, MIB, PREFILL_512, QUIET_SHARE, ratios
@@ -40,46 +36,33 @@ CODES_PER_BYTE, SCAN_BITS = 4, 5  # of the body; of a head weight, those that th
 TESTS = {"prefill128": "prefill 128", "prefill512": "prefill 512", "decode": "decode", "classify_b32": "classify 32x64"}
 GGUF = {f"llamacpp_{key}": gguf_type for key, gguf_type in shapes.GGUF_TYPES.items()}
 LABELS = {ENGINE: "engine"}
-LABELS |= {
-    key: f"llama.cpp {kind.body}" + (f" + {kind.head} head" if kind.head != kind.body else "")
-    for key, kind in GGUF.items()
-}
+LABELS |= {key: f"llama.cpp {t.body} + {t.head} head".replace(f" + {t.body} head", "") for key, t in GGUF.items()}
 LABELS |= {"torch_f32": "PyTorch float32", "torch_bf16": "PyTorch bfloat16"}
 FIRST_TOKEN = "load_to_first_token_seconds"
+GOALS = {  # at least
+    "prefill512": {"llamacpp_f16": 3.0, "llamacpp_tq2_0": 2.5, "torch_f32": 4.0},
+    "decode": {"llamacpp_f16": 6.0, "llamacpp_tq2_0": 1.5, "torch_f32": 18.0},
+    "classify_b32": {"llamacpp_f16": 3.3},
+}
 OTHERS = {
-    "gemm_vs_ceiling": "AVX2 matrix product / multiply-add ceiling of AVX2",
-    "gemv_vs_bandwidth": "bytes/s of the one-token product / read bandwidth",
-    "classify_rss_vs_f16_size": "memory added to classify / size in F16",
-    "generate_rss_vs_f16_size": "memory added to generate / size in F16",
-    FIRST_TOKEN: "load to first token, s",
+    "gemm_vs_ceiling": ("AVX2 matrix product / multiply-add ceiling of AVX2", "at least", 0.85),
+    "gemv_vs_bandwidth": ("bytes/s of the one-token product / read bandwidth", "at least", 0.85),
+    "classify_rss_vs_f16_size": ("memory added to classify / size in F16", "at most", 0.1),
+    "generate_rss_vs_f16_size": ("memory added to generate / size in F16", "at most", 0.2),
+    FIRST_TOKEN: ("load to first token, s", "at most", 0.3),
 }
-GOALS = {
-    "prefill512_vs_llamacpp_f16": 3.0,
-    "prefill512_vs_llamacpp_tq2_0": 2.5,
-    "prefill512_vs_torch_f32": 4.0,
-    "decode_vs_llamacpp_f16": 6.0,
-    "decode_vs_llamacpp_tq2_0": 1.5,
-    "decode_vs_torch_f32": 18.0,
-    "classify_b32_vs_llamacpp_f16": 3.3,
-    "gemm_vs_ceiling": 0.85,
-    "gemv_vs_bandwidth": 0.85,
-    "classify_rss_vs_f16_size": 0.1,
-    "generate_rss_vs_f16_size": 0.2,
-    FIRST_TOKEN: 0.3,
-}
-SMALLER_IS_BETTER = ("f16_size", "seconds")  # ends of names
+# From a point to its name, times a distance: the first that is free is taken.
+DIRECTIONS = ((1, 0.0), (-1, 0.0), (1, -0.4), (1, 0.4), (-1, 0.4), (-1, -0.4), (1, -1.2), (1, 1.2), (-1, 1.2))
 
 INTRODUCTION = """# Results of the engine
 
-Written by `python -m benchmarks.report` from the files of `python -m benchmarks.engine`; do not edit.
-[benchmarks/README.md](../benchmarks/README.md) says how each figure is measured. The models have random weights: the
-figures are of speed and memory, not of quality. In classification the engine computes the logits of three labels,
-llama.cpp those of the whole vocabulary."""
+Written by `python -m benchmarks.report` from files of `python -m benchmarks.engine`; do not edit. The models have
+random weights: the figures are of speed and added memory, not of quality. In classification the engine computes the
+logits of three labels, llama.cpp those of the whole vocabulary. [How it is measured](../benchmarks/README.md)."""
 ELSEWHERE = """## Measured elsewhere, on a Zen 3 with AVX2 and the same two threads (other run, other day):
 
 The 0.6B shapes, median tokens/s. Not comparable with the tables above except through the ratio to llama.cpp F16, which
-itself differs from processor to processor. The 2026 kernels of bitnet.cpp ran in its tree of 2024, which has no norm of
-queries and keys: the same shape without it.
+itself differs between processors. bitnet.cpp (tree of 2024) has no norm of queries and keys and ran without it.
 
 | engine | type | head | prefill 512 | decode 64 | prefill / F16 | decode / F16 |
 |---|---|---|---:|---:|---:|---:|
@@ -89,23 +72,20 @@ queries and keys: the same shape without it.
 | bitnet.cpp, October 2024 | TL2 | Q6_K | 92 | 49.5 | 0.65 | 2.74 |
 | ik_llama.cpp | IQ2_BN | Q6_K | 239 | 53.6 | 1.47 | 3.06 |
 | ik_llama.cpp | IQ2_BN_R4 | Q4_0 | 209 | 67.8 | 1.36 | 3.85 |"""
-CAPTION = (
-    "Whole models (prompt of 512, 64 tokens decoded): multiply-adds of the ternary body and, in decode, of the head; "
-    "attention is left out. Bytes: decode reads body and head once a token, at their bits a weight (engine: 2, and of "
-    "the head the 5 of 8 bits that it scans); prefill reads the body once for 512 tokens. Kernels alone: packed weights "
-    "once, for 1 token (GEMV) or 512 (GEMM). Medians over rounds. "
-)
+CAPTION = """Whole models (prompt of 512; 64 tokens decoded): multiply-adds of ternary body and, in decode, output head,
+without attention. Bytes: decode reads body and head once a token, at their bits a weight (engine: 2, and the 5 of 8
+bits of the head that it scans); prefill reads the body once for 512 tokens. Kernels alone: packed weights once, for 1
+token (GEMV) or 512 (GEMM). Medians over rounds. """
 
 
 def load(path: Path) -> Result:
     """The result of one shape; ValueError where the benchmark did not write the file."""
     wanted = {"figures", "environment", "file_bytes", "num_parameters", "rounds", "shapes", "skipped"}
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        is_result = wanted <= set(result) and result["shapes"] in shapes.SHAPES
-    except (OSError, ValueError, TypeError) as error:
+        result: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"a result is a JSON file; got path={path}: {error}") from error
-    if not is_result:
+    if not isinstance(result, dict) or not wanted <= set(result) or result["shapes"] not in shapes.SHAPES:
         raise ValueError(f"a result is what python -m benchmarks.engine --json writes; path={path} is another file")
     return result
 
@@ -128,7 +108,7 @@ def _environment(result: Result) -> str:
         f"{facts['cpu']} (family/model {facts['cpu_family_model']}; {', '.join(facts['cpu_flags'])}), "
         f"{facts['threads']} threads on {facts['cores']} cores, kernel {facts['kernel']}; Python {facts['python']}, "
         f"{versions}. {result['rounds']} rounds; {sum(share > QUIET_SHARE for share in shares)} of {len(shares)} "
-        f"samples were disturbed: other processes took over {QUIET_SHARE:.0%} of the cores meanwhile."
+        f"samples disturbed (other processes took more than {QUIET_SHARE:.0%} of the cores meanwhile)."
     )
     if flags := re.findall(r"(\w+) = 1", facts.get("llamacpp_build", "")):
         text += f" llama.cpp was compiled with {', '.join(flags)}."
@@ -142,33 +122,30 @@ def _configurations(result: Result) -> list[tuple[str, Mapping[str, Sequence[flo
 def _speeds(result: Result) -> str:
     metrics = [test.metric for test in ALL_TESTS]
     metrics += ["generate_added_rss_mib", "classify_added_rss_mib", "process_start_to_first_token_seconds"]
-    title = f"| median tokens/s | {' | '.join(TESTS.values())} | file, MiB | memory added to generate, MiB "
-    rows = [f"{title}| to classify, MiB | process start to first token, s |", "|---|" + 8 * "---:|"]
+    title = f"| median tokens/s | {' | '.join(TESTS.values())} | file, MiB | added to generate, MiB "
+    rows = [f"{title}| added to classify, MiB | process start to first token, s |", "|---|" + 8 * "---:|"]
     for name, values in _configurations(result):
         cells = [_number(median(values[metric])) if metric in values else "-" for metric in metrics]
-        size = result["file_bytes"].get(name)
-        cells.insert(len(TESTS), _number(size / MIB) if size else "-")
+        cells.insert(len(TESTS), _number(result["file_bytes"][name] / MIB) if name in result["file_bytes"] else "-")
         rows.append(f"| {'**engine**' if name == ENGINE else LABELS[name]} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.{3 - sum(value >= limit for limit in (1, 10, 100))}f}"
 
 
 def _comparison(result: Result) -> str:
-    rows = ["The engine by each peer: medians of the ratios within a round, by which a goal is judged.", ""]
+    rows = ["Ratios within a round, and their medians over rounds, by which a goal is judged:", ""]
     rows += ["| figure | median | min to max over rounds | goal | goal is |", "|---|---:|---:|---:|---|"]
     for key, values in by_round(result).items():
         test, _, peer = key.partition("_vs_")
-        label, value = OTHERS.get(key) or f"{TESTS[test]} / {LABELS[peer]}", median(values)
-        spread = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else "one round"
-        goal, met = "", ""
-        if key in GOALS:
-            is_memory_or_time = key.endswith(SMALLER_IS_BETTER)
-            goal = f"at {'most' if is_memory_or_time else 'least'} {GOALS[key]:g}"
-            met = "met" if (value <= GOALS[key] if is_memory_or_time else value >= GOALS[key]) else "not met"
-        rows.append(f"| {label} | {value:.3g} | {spread} | {goal} | {met} |")
+        speed = (f"{TESTS.get(test)} / {LABELS.get(peer)}", "at least", GOALS.get(test, {}).get(peer, 0.0))
+        (label, direction, goal), value = OTHERS.get(key, speed), median(values)
+        spread = f"{_number(min(values))} to {_number(max(values))}" if len(values) > 1 else "one round"
+        is_met = value <= goal if direction == "at most" else value >= goal
+        judged = f"{direction} {goal:g} | {'met' if is_met else 'not met'}" if goal else " | "
+        rows.append(f"| {label} | {_number(value)} | {spread} | {judged} |")
     return "\n".join(rows)
 
 
@@ -185,8 +162,7 @@ def by_round(result: Result) -> dict[str, list[float]]:
     return found | {FIRST_TOKEN: result["figures"][ENGINE][FIRST_TOKEN]}
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A measured speed in the roofline."""
 
     label: str
@@ -197,26 +173,25 @@ class Point:
 
 def points(result: Result) -> list[Point]:
     """Kernels alone, then whole models; `CAPTION` says what is counted."""
-    found, kernels = [], result["figures"].get(KERNELS, {})
-    for metric, values in kernels.items():
+    found, active = [], result["environment"]["kernel"]
+    for metric, values in result["figures"][KERNELS].items():
         if parts := re.fullmatch(r"gemm_(.+)_(\d+x\d+)_gmac_per_second", metric):
-            intensity = CODES_PER_BYTE * GEMM_TOKENS
-            found.append(Point(f"GEMM {parts[2]}, {parts[1]}", intensity, median(values), GREEN))
-    if kernels:
-        speed = CODES_PER_BYTE * median(kernels["gemv_gb_per_second"])
-        found.append(Point(f"GEMV, {result['environment']['kernel']}", CODES_PER_BYTE, speed, GREEN))
+            label = f"GEMM {parts[2]}, {parts[1]}"
+            found.append(Point(label, CODES_PER_BYTE * GEMM_TOKENS, median(values), GREEN))
+        elif metric == "gemv_gb_per_second":
+            found.append(Point(f"GEMV, {active}", CODES_PER_BYTE, CODES_PER_BYTE * median(values), GREEN))
     config = shapes.student_config(result["shapes"])
     body = sum(layer.n * layer.k for layer in linear_layers(config).values())
     head = config.vocab_size * config.hidden_size
     bits = {ENGINE: (8 / CODES_PER_BYTE, SCAN_BITS)} | {key: (_bits(t.body), _bits(t.head)) for key, t in GGUF.items()}
     for name, values in _configurations(result):
         if name in bits:
-            colour = BLUE if name == ENGINE else VERMILION
+            label, colour = LABELS[name].removesuffix(" head"), BLUE if name == ENGINE else VERMILION
             intensity = (body + head) * 8 / (body * bits[name][0] + head * bits[name][1])
-            speeds = {test: median(values[test.metric]) / 1e9 for test in (DECODE, PREFILL_512)}
-            found.append(Point(f"{LABELS[name]}, decode", intensity, speeds[DECODE] * (body + head), colour))
-            intensity = PREFILL_512.tokens * 8 / bits[name][0]
-            found.append(Point(f"{LABELS[name]}, prefill", intensity, speeds[PREFILL_512] * body, colour))
+            speed = (body + head) * median(values[DECODE.metric]) / 1e9
+            found.append(Point(f"{label}, decode", intensity, speed, colour))
+            speed = body * median(values[PREFILL_512.metric]) / 1e9
+            found.append(Point(f"{label}, prefill", PREFILL_512.tokens * 8 / bits[name][0], speed, colour))
     return found
 
 
@@ -225,30 +200,21 @@ def _bits(gguf_type: str) -> float:
     return 8 * size / weights
 
 
-def _figure(height: float, layout: str | None = None) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def draw_speed(result: Result, path: Path) -> None:
     """Bars of prefill and decode, side by side."""
     found, facts = _configurations(result), result["environment"]
-    figure = _figure(1.1 + 0.27 * len(found), "constrained")
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(found)), dpi=DPI, layout="constrained", facecolor="white")
     for panel, (test, title) in enumerate({PREFILL_512: "Prefill of 512 tokens", DECODE: "Decode"}.items()):
         axes = figure.add_subplot(1, 2, panel + 1)
-        for row, (name, values) in enumerate(found):
-            colour, weight = (BLUE, "bold") if name == ENGINE else (GREY, "normal")
-            speed = median(values.get(test.metric, [0.0]))
-            axes.barh(row, speed, color=colour, height=0.72)
-            text = _number(speed) if speed else "not measured"
-            axes.annotate(text, (speed, row), (4, 0), textcoords="offset points", va="center", weight=weight)
-        axes.set_yticks(range(len(found)), [LABELS[name] for name, _ in found] if panel == 0 else len(found) * [""])
+        speeds = [median(values.get(test.metric, [0.0])) for _, values in found]
+        bars = axes.barh(range(len(found)), speeds, color=[BLUE if name == ENGINE else GREY for name, _ in found])
+        texts = axes.bar_label(bars, [_number(speed) if speed else "not measured" for speed in speeds], padding=4)
+        texts[0].set_fontweight("bold")
+        labels = [LABELS[name] if panel == 0 else "" for name, _ in found]
+        axes.set(xticks=[], yticks=range(len(found)), yticklabels=labels, ylim=(len(found) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
         axes.spines["bottom"].set_visible(False)
-        axes.xaxis.set_major_locator(NullLocator())
         axes.margins(x=0.2)
-        axes.invert_yaxis()
         axes.set_title(f"{title}, tokens/s", fontsize=11, loc="left")
     figure.supxlabel(f"{result['shapes']} shapes, {facts['cpu']}, {facts['threads']} threads", fontsize=9)
     figure.savefig(path, metadata={"Software": None})
@@ -256,19 +222,79 @@ def draw_speed(result: Result, path: Path) -> None:
 
 def draw_roofline(result: Result, path: Path) -> None:
     """Speed by multiply-adds per byte, under the roofs measured in the same run."""
-    found, kernels = points(result), result["figures"].get(KERNELS, {})
-    figure, top = _figure(6.0), 2 * max(point.speed for point in found)
+    found, facts = points(result), result["environment"]
+    figure, top = Figure(figsize=(WIDTH, 6.0), dpi=DPI, facecolor="white"), 2 * max(p.speed for p in found)
     axes = figure.add_axes((0.08, 0.215, 0.905, 0.765))
-    axes.set(xscale="log", yscale="log", xlim=(0.3, 60000), ylim=(min(point.speed for point in found) / 2, top))
+    axes.set_yscale("log", subs=(2, 5))
+    axes.set(xscale="log", xlim=(0.3, 60000), ylim=(min(p.speed for p in found) / 2, top))
     axes.set(xlabel="multiply-adds per byte of weights read", ylabel="GMAC/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    if kernels:
-        _draw_roofs(axes, kernels, result["environment"]["kernel"], top)
-    for point in found:
-        axes.plot(point.intensity, point.speed, "o", color=point.colour, markersize=5)
-    _label(axes, found)
-    facts = result["environment"]
+    axes.xaxis.set(major_formatter="{x:g}")
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    _draw_roofs(axes, result["figures"][KERNELS], facts["kernel"], top)
+    _draw_points(axes, found)
     title = f"{result['shapes']} shapes, {facts['cpu']}, {facts['threads']} threads."
     figure.text(0.02, 0.015, textwrap.fill(CAPTION + title, 132), fontsize=7.5)
     figure.savefig(path, metadata={"Software": None})
+
+
+def _draw_roofs(axes: Axes, kernels: Mapping[str, Sequence[float]], active: str, top: float) -> None:
+    bandwidth = median(kernels["read_bandwidth_gb_per_second"])
+    axes.plot([0.01, top / bandwidth], [0.01 * bandwidth, top], color=INK, linewidth=1.2)
+    axes.text(0.85 * top / bandwidth, 0.75 * top, f"read bandwidth, {bandwidth:.0f} GB/s", fontsize=8.5)
+    if ceilings := kernels.get("multiply_add_ceiling_gmac_per_second"):
+        ceiling, ridge = median(ceilings), median(ceilings) / bandwidth
+        axes.plot([ridge, 1e6], [ceiling, ceiling], color=INK, linewidth=1.2)
+        text = f"AVX2 ceiling, {ceiling:.0f} GMAC/s\n(vpmaddubsw + vpaddw)"
+        axes.text(1.3 * ridge, 0.96 * ceiling, text, fontsize=8.5, va="top")
+        rates = [median(values) for metric, values in kernels.items() if metric.startswith(f"gemm_{active}_")]
+        if "vnni" in active and max(rates) > ceiling:
+            text = f"{active}: one instruction for the two,\nits GEMM exceeds the ceiling of AVX2"
+            axes.text(50000, 0.95 * top, text, fontsize=8.5, color=GREEN, va="top", ha="right")
+
+
+def _draw_points(axes: Axes, found: Sequence[Point]) -> None:
+    """Each name at the nearest place that is free of points, roofs and other names, with a line to its point."""
+    spots = {point: axes.transData.transform((point.intensity, point.speed)) for point in found}
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots.values()]
+    taken += [box for roof in axes.lines for box in _boxes(*axes.transData.transform(roof.get_xydata()))]
+    for point, (x, y) in sorted(spots.items(), key=lambda item: -item[0].speed):
+        axes.plot(*point[1:3], "o", color=point.colour, markersize=5, zorder=2 + (point.colour == BLUE))
+        text = axes.text(x, y, point.label, fontsize=8, va="center", transform=IdentityTransform())
+        text.set(color=point.colour, fontweight="bold" if point.colour == BLUE else "normal")
+        for distance, (dx, dy) in product(range(11, 500, 4), DIRECTIONS):
+            end = (x + distance * dx, y + distance * dy)
+            text.set(position=end, ha="left" if dx > 0 else "right")
+            box, way = text.get_window_extent(), _boxes((x + 9 * dx, y + 9 * dy), end)
+            is_free = not any(part.count_overlaps(taken) for part in (box, *way))
+            if is_free and all(axes.bbox.contains(*corner) for corner in (box.min, box.max)):
+                break
+        taken += [box, *way]
+        if distance > 11 or dy:
+            path = ((x, end[0] - 3 * dx), (y, end[1] - 3 * dy))
+            axes.plot(*path, color=point.colour, linewidth=0.7, transform=IdentityTransform())
+
+
+def _boxes(begin: Sequence[float], end: Sequence[float]) -> list[Bbox]:
+    return [Bbox.from_bounds(x, y, 1, 1) for x, y in np.linspace(begin, end, 60)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and pictures of results.")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of python -m benchmarks.engine")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        results = [load(path) for path in arguments.results]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    pictured, images = next((r for r in results if r["shapes"] == PICTURED), results[0]), arguments.out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        draw_speed(pictured, images / "engine-speed.png")
+        draw_roofline(pictured, images / "engine-roofline.png")
+    (arguments.out / "engine-results.md").write_text(markdown(results, pictured["shapes"]))
+
+
+if __name__ == "__main__":
+    main()

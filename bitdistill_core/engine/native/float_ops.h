@@ -296,9 +296,11 @@ void decode_row(const uint8_t* scan_panel, int r, const uint8_t* rest, int num_g
   const Int8x32 nibbles = {nibble, nibble, nibble, nibble, nibble, nibble, nibble, nibble};
   const Int8x32 zeros = {zero, zero, zero, zero, zero, zero, zero, zero}, shifts = {0, 4, 0, 4, 0, 4, 0, 4};
   for (int group = 0; group < num_groups; ++group) {
+    typedef int32_t Int4x32 __attribute__((vector_size(16)));
     int32_t n[4];
     for (int i = 0; i < 4; ++i) __builtin_memcpy(n + i, scan_panel + i * kLineBytes + 4 * r, 4);
-    const Int8x32 high = (Int8x32{n[0], n[0], n[1], n[1], n[2], n[2], n[3], n[3]} >> shifts) & nibbles;
+    const Int4x32 lines = {n[0], n[1], n[2], n[3]};
+    const Int8x32 high = (__builtin_shufflevector(lines, lines, 0, 0, 1, 1, 2, 2, 3, 3) >> shifts) & nibbles;
     const Int8x32 bit = spread_bits(scan_panel + 4 * kLineBytes + 4 * r);
     const Int8x32 u = high << 4 | bit << 3 | rest_codes(rest);
     const Int8x32 w = u ^ zeros;  // u - 128 as a signed byte
@@ -327,17 +329,23 @@ int32_t rest_dot(const uint8_t* rest, int num_groups, const int8_t* x) {
   return total;
 }
 
+BITDISTILL_INLINE Float8 load_bytes_as_floats(const int8_t* bytes) {
+#ifdef __AVX2__
+  return (Float8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  Float8 values;
+  for (int i = 0; i < 8; ++i) values[i] = bytes[i];
+  return values;
+#endif
+}
+
 float dot(const float* x, const int8_t* w_int8, int n) {
-  Float8 sums[2] = {all8(0), all8(0)};
-  for (int i = 0; i < n; i += 16) {
-    for (int half = 0; half < 2; ++half) {
-      typedef int8_t Bytes8 __attribute__((vector_size(8)));
-      Bytes8 bytes;
-      __builtin_memcpy(&bytes, w_int8 + i + 8 * half, 8);
-      sums[half] += load8(x + i + 8 * half) * __builtin_convertvector(bytes, Float8);
-    }
+  Float8 sums[4] = {all8(0), all8(0), all8(0), all8(0)};
+  for (int i = 0; i < n; i += 32) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] += load8(x + i + 8 * j) * load_bytes_as_floats(w_int8 + i + 8 * j);
   }
-  return sum_of(sums[0] + sums[1]);
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace
