@@ -253,7 +253,7 @@ def _draw_roofs(axes: Axes, kernels: Mapping[str, Sequence[float]], active: str,
 
 
 def _draw_points(axes: Axes, found: Sequence[Point]) -> None:
-    """Each name at the nearest place that is free of points, roofs and other names, with a line to its point."""
+    """Each name at the nearest place that is free of points, roofs, names and, if possible, lines to them."""
     spots = {point: axes.transData.transform((point.intensity, point.speed)) for point in found}
     taken = [text.get_window_extent() for text in axes.texts]
     taken += [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots.values()]
@@ -262,11 +262,11 @@ def _draw_points(axes: Axes, found: Sequence[Point]) -> None:
         axes.plot(*point[1:3], "o", color=point.colour, markersize=5, zorder=2 + (point.colour == BLUE))
         text = axes.text(x, y, point.label, fontsize=8, va="center", transform=IdentityTransform())
         text.set(color=point.colour, fontweight="bold" if point.colour == BLUE else "normal")
-        for distance, (dx, dy) in product(range(11, 500, 4), DIRECTIONS):
+        for may_cross, distance, (dx, dy) in product((False, True), range(11, 200, 4), DIRECTIONS):
             end = (x + distance * dx, y + distance * dy)
             text.set(position=end, ha="left" if dx > 0 else "right")
             box, way = text.get_window_extent(), _boxes((x + 9 * dx, y + 9 * dy), end)
-            is_free = not any(part.count_overlaps(taken) for part in (box, *way))
+            is_free = not any(part.count_overlaps(taken) for part in ([box] if may_cross else [box, *way]))
             if is_free and all(axes.bbox.contains(*corner) for corner in (box.min, box.max)):
                 break
         taken += [box, *way]

@@ -79,6 +79,8 @@ NODES = (
             "pretrain": "pretrain",
             "distill": "distill",
             "bitnet_sft": "bitnet_sft",
+            "pack_bitnet_sft": "pack@bitnet_sft",
+            "pack_bitdistill": "pack@bitdistill",
             "evaluate_fp16_sft": "evaluate@fp16_sft",
             "evaluate_bitnet_sft": "evaluate@bitnet_sft",
             "evaluate_bitdistill": "evaluate@bitdistill",

@@ -111,7 +111,8 @@ def read_run(directories: Mapping[str, Path]) -> Run:
 
 
 def _stage_name(field: str) -> str:
-    return field.replace("evaluate_", "evaluate@", 1) if field.startswith("evaluate_") else field
+    stage, _, method = field.partition("_")
+    return f"{stage}@{method}" if stage in ("evaluate", "pack") else field
 
 
 def _read_evaluation(directory: Path, method: str) -> Evaluation:

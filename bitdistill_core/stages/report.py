@@ -23,6 +23,8 @@ class Inputs:
     pretrain: Path
     distill: Path
     bitnet_sft: Path
+    pack_bitnet_sft: Path
+    pack_bitdistill: Path
     evaluate_fp16_sft: Path
     evaluate_bitnet_sft: Path
     evaluate_bitdistill: Path

@@ -132,6 +132,8 @@ def make_run(run: Path, *, is_generation: bool = False, has_pretrain: bool = Tru
         write_weights(run / stage, spread)
     for method in (*METHODS, "bitnet_sft_packed", "bitdistill_packed"):
         (write_generation if is_generation else write_evaluation)(run / "evaluate" / method, method)
+    for method in ("bitnet_sft", "bitdistill"):
+        finish(run / "pack" / method, 2.0, {"pack/file_mib": 25.0})
     write_benchmark(run / "benchmark")
     nodes = {node.name: node for node in pipeline.NODES}
     return report.Inputs(**{f: nodes[n].directory(run) for f, n in nodes["report"].inputs.items()})
@@ -227,8 +229,8 @@ def test_results_json_and_metrics_hold_the_run_s_numbers(finished: Path) -> None
         "prefill_tokens_per_second", "decode_tokens_per_second",
     }  # fmt: skip
     assert (results["profile"], results["seed"]) == ("demo", 7)
-    # data 1, surgery 0.5, five trainings of 60, five evaluations of 5, benchmark 30
-    assert results["minutes"] == pytest.approx((1 + 0.5 + 5 * 60 + 5 * 5 + 30) / 60)
+    # data 1, surgery 0.5, five trainings of 60, two packings of 2, five evaluations of 5, benchmark 30
+    assert results["minutes"] == pytest.approx((1 + 0.5 + 5 * 60 + 2 * 2 + 5 * 5 + 30) / 60)
     assert [rows[m]["accuracy"] for m in METHODS] == pytest.approx([0.9, 0.7, 0.87])
     assert metrics["report/accuracy_bitdistill"] == pytest.approx(0.87)
     assert metrics["report/difference_to_fp16_sft"] == pytest.approx(-0.03)
