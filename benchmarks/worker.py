@@ -79,18 +79,25 @@ def measure_kernels(num_threads: int) -> dict[str, float]:
     from bitdistill_core.engine.kernels import available_kernels, resolve_kernel
 
     active, available = resolve_kernel(None), available_kernels()
-    rates = {
-        "read_bandwidth_gb_per_second": _native.measure_read_bandwidth(num_threads, READ_MEGABYTES),
-        "gemv_gb_per_second": _native.measure_gemv(active, *GEMV_SHAPE, num_threads, GEMV_REPEATS),
-    }
-    if CEILING_KERNEL in available:
-        ceiling = _native.measure_multiply_add_ceiling(num_threads, CEILING_SECONDS)
-        rates["multiply_add_ceiling_gmac_per_second"] = ceiling
+    roofs = [_roofs(num_threads, CEILING_KERNEL in available)]
+    rates = {"gemv_gb_per_second": _native.measure_gemv(active, *GEMV_SHAPE, num_threads, GEMV_REPEATS)}
     for kernel in dict.fromkeys([active, *(name for name in available if name == CEILING_KERNEL)]):
         for n, k in GEMM_SHAPES:
             rate = _native.measure_gemm(kernel, n, k, GEMM_TOKENS, num_threads, GEMM_REPEATS)
             rates[gemm_metric(kernel, n, k)] = rate
-    return rates
+        roofs.append(_roofs(num_threads, CEILING_KERNEL in available))
+    # a neighbour can only lower a roof
+    return {name: max(roof[name] for roof in roofs) for name in roofs[0]} | rates
+
+
+def _roofs(num_threads: int, has_avx2: bool) -> dict[str, float]:
+    from bitdistill_core.engine import _native
+
+    roofs = {"read_bandwidth_gb_per_second": _native.measure_read_bandwidth(num_threads, READ_MEGABYTES)}
+    if has_avx2:
+        ceiling = _native.measure_multiply_add_ceiling(num_threads, CEILING_SECONDS)
+        roofs["multiply_add_ceiling_gmac_per_second"] = ceiling
+    return roofs
 
 
 def gemm_metric(kernel: str, n: int, k: int) -> str:

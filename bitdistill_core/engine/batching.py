@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 
-BATCH_TOKENS = 192  # two chunks of the native model: more would cost memory and gain no speed
+BATCH_TOKENS = 128  # more would cost memory and gain little speed
 
 
 @dataclass

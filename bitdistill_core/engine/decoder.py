@@ -154,6 +154,7 @@ def _rows(model: PackedModel, name: str) -> dict[str, Any]:
         "file": model.file.fileno(),
         "scan_offset": model.offsets[f"{name}.scan"],
         "rest_offset": model.offsets[f"{name}.rest"],
+        "scale_offset": model.offsets[f"{name}.row_scale"],
         "vocab_size": model.config.vocab_size,
         "size": model.config.hidden_size,
     }

@@ -210,6 +210,7 @@ class PackedModel {
     rows.file = nb::cast<int>(from["file"]);
     rows.scan_offset = nb::cast<uint64_t>(from["scan_offset"]);
     rows.rest_offset = nb::cast<uint64_t>(from["rest_offset"]);
+    rows.scale_offset = nb::cast<uint64_t>(from["scale_offset"]);
     rows.vocab_size = nb::cast<int>(from["vocab_size"]);
     rows.size = nb::cast<int>(from["size"]);
     return rows;

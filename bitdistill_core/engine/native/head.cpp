@@ -34,15 +34,13 @@ void require(bool read) {
   if (!read) throw std::runtime_error("the packed file cannot be read any more: it was truncated or its disk failed");
 }
 
-bool try_read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8) {
-  const std::size_t panel = std::size_t(v / kPanelRows) * rows.panel_bytes();
-  uint8_t* rest = scratch + rows.panel_bytes();
-  if (!read_file(rows.file, rows.scan_offset + panel, rows.panel_bytes(), scratch) ||
-      !read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) {
-    return false;
-  }
+void read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8, float* scale) {
+  const uint64_t panel = uint64_t(v / kPanelRows) * rows.panel_bytes();
+  uint8_t* const rest = scratch + rows.panel_bytes();
+  require(read_file(rows.file, rows.scan_offset + panel, rows.panel_bytes(), scratch) &&
+          read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest) &&
+          read_file(rows.file, rows.scale_offset + v * sizeof(float), sizeof(float), reinterpret_cast<uint8_t*>(scale)));
   kernels.decode_row(scratch, v % kPanelRows, rest, rows.num_groups(), w_int8);
-  return true;
 }
 
 bool goes_before(const Candidate& a, const Candidate& b) {
@@ -74,23 +72,24 @@ struct QuantizedQuery {
 
 }  // namespace
 
-void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
-                const std::vector<int>& ids, float* logits) {
+void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8,
+               float* scale) {
   std::vector<uint8_t> scratch(rows.panel_bytes() + rows.rest_bytes());
-  std::vector<int8_t> w_int8(rows.padded_size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    require(try_read_row(kernels, rows, ids[i], scratch.data(), w_int8.data()));
-    for (int t = 0; t < num_x; ++t) {
-      const float value = kernels.dot(x + t * stride, w_int8.data(), rows.padded_size());
-      logits[t * ids.size() + i] = value * rows.row_scale[ids[i]];
-    }
+    read_row(kernels, rows, ids[i], scratch.data(), w_int8 + i * rows.padded_size(), scale + i);
   }
 }
 
-void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8) {
-  std::vector<uint8_t> scratch(rows.panel_bytes() + rows.rest_bytes());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    require(try_read_row(kernels, rows, ids[i], scratch.data(), w_int8 + i * rows.padded_size()));
+void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
+                const std::vector<int>& ids, float* logits) {
+  std::vector<int8_t> w_int8(ids.size() * rows.padded_size());
+  std::vector<float> scale(ids.size());
+  read_rows(kernels, rows, ids, w_int8.data(), scale.data());
+  for (int t = 0; t < num_x; ++t) {
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const float value = kernels.dot(x + t * stride, w_int8.data() + i * rows.padded_size(), rows.padded_size());
+      logits[t * ids.size() + i] = value * scale[i];
+    }
   }
 }
 

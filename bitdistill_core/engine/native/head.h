@@ -8,15 +8,15 @@
 
 namespace bitdistill {
 
-// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h. `scan` is mapped memory. `rest`, and single rows of
-// `scan`, are read from the file, so that they never count as memory of the process.
+// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h. Arrays are mapped memory. `rest`, and
+// single rows with their scale, are read from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const float* row_scale = nullptr;
   const float* row_norm = nullptr;   // ||w_int8[v]||
   const float* rest_norm = nullptr;  // ||(u & 7) - 3.5||, u = w_int8 + 128
   int file = -1;
-  uint64_t scan_offset = 0, rest_offset = 0;
+  uint64_t scan_offset = 0, rest_offset = 0, scale_offset = 0;
   int vocab_size = 0, size = 0;
 
   int num_groups() const { return (size + kGroupK - 1) / kGroupK; }
@@ -37,8 +37,8 @@ struct HeadStatistics {
   int exact = 0;    // rows computed in float32
 };
 
-// w_int8 (num_ids, padded_size) of some rows, from the file.
-void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8);
+// w_int8 (num_ids, padded_size) and row_scale (num_ids) of some rows, from the file.
+void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8, float* scale);
 
 // logits[i] = row_scale * x . w_int8 of the rows `ids`.
 void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,

@@ -39,8 +39,8 @@ constexpr int kShareRows = 8 * kTileTokens;
 
 struct Model::Workspace {
   Buffer<float> x;  // the residual stream of the whole batch
-  Buffer<float> q, attended, branch;
-  Buffer<float> inner;  // keys and values, then the gated inner activations
+  Buffer<float> rows;    // of a chunk: queries, keys and values; attention in place of the queries; then the gated MLP
+  Buffer<float> branch;
   Int8Tokens normed, normed_k, normed_v;  // the latter two where SubLN gives each linear a norm of its own
   std::vector<std::vector<float>> cos, sin;  // of each kind of rotary embedding, (positions, head_dim / 2)
   int first_position = 0;
@@ -142,12 +142,12 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
     std::vector<int> id(1);
     std::vector<int8_t> w_int8(embedding_.padded_size());
     int token = 0, previous = -1;
+    float scale = 0;
     for (const Segment& segment : segments) {
       for (int i = 0; i < segment.length; ++i, ++token) {
         id[0] = segment.ids[i];
-        if (id[0] != previous) read_rows(kernels, embedding_, id, w_int8.data());
+        if (id[0] != previous) read_rows(kernels, embedding_, id, w_int8.data(), &scale);
         previous = id[0];
-        const float scale = embedding_.row_scale[id[0]];
         float* row = x + std::size_t(token) * hidden_stride;
         for (int d = 0; d < hidden_stride; ++d) row[d] = float(w_int8[d]) * scale;
         if (config.embedding_multiplier != 1.0f) {
@@ -160,10 +160,12 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
   // Of the last layer's tokens, all give keys and values, but only those whose output is wanted go on.
   const int last_layer = num_layers - 1;
   const bool all_wanted = int(outputs.size()) == batch.num_tokens;
+  const int num_chunks = (batch.num_tokens + kChunkTokens - 1) / kChunkTokens;  // of nearly the same size
+  const int chunk = round_up((batch.num_tokens + num_chunks - 1) / num_chunks, kTileTokens);
   for (int layer = 0; layer < num_layers; ++layer) {
-    for (int first = 0; first < batch.num_tokens; first += kChunkTokens) {
+    for (int first = 0; first < batch.num_tokens; first += chunk) {
       const Tokens tokens{x + std::size_t(first) * hidden_stride, batch.segment_of.data() + first,
-                          batch.position_of.data() + first, std::min(kChunkTokens, batch.num_tokens - first)};
+                          batch.position_of.data() + first, std::min(chunk, batch.num_tokens - first)};
       run_layer(space, batch, layer, tokens, layer < last_layer || all_wanted ? Part::kAll : Part::kKeysAndValues);
     }
   }
@@ -199,9 +201,8 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   const std::size_t q_stride = round_up(layer.q.n, kPanelRows), kv_stride = round_up(layer.k.n, kPanelRows);
   const std::size_t inner_stride = round_up(layer.gate.n, kPanelRows);
   float* const x = tokens.x;
-  float* q = space.q.get(count * q_stride);
-  float* inner = space.inner.get(count * std::max(inner_stride, 2 * kv_stride));
-  float *const k = inner, *const v = inner + count * kv_stride;
+  float* const rows = space.rows.get(count * std::max(inner_stride, q_stride + 2 * kv_stride));
+  float *const q = rows, *const k = q + count * q_stride, *const v = k + count * kv_stride;
   Scratch* scratch = space.scratch.data();
   const auto norm = [&](const float* weight) { return Norm{weight, config.norm_offset, config.norm_eps}; };
   const auto sub_norm = [&](const Linear& linear) { return Norm{linear.input_norm, 0, config.sub_norm_eps}; };
@@ -243,15 +244,15 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   if (!has_queries) return;
   attend(space, batch, layer_index, tokens);
 
-  quantize(space.attended.data(), q_stride, layer.o.k, Norm{}, sub_norm(layer.o), space.normed);
+  quantize(q, q_stride, layer.o.k, Norm{}, sub_norm(layer.o), space.normed);
   add_branch(layer.o, config.has_feedforward_norms ? layer.norms.post_attention : nullptr);
 
   const Norm before = norm(config.has_feedforward_norms ? layer.norms.pre_feedforward : layer.norms.post_attention);
   quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.gate), space.normed);
   if (own_norms) quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.up), space.normed_k);
-  multiply_gated(team_, kernels, scratch, {&layer.gate, &space.normed, inner, inner_stride, false},
+  multiply_gated(team_, kernels, scratch, {&layer.gate, &space.normed, rows, inner_stride, false},
                  {&layer.up, own_norms ? &space.normed_k : &space.normed, nullptr, 0, false}, config.activation);
-  quantize(inner, inner_stride, layer.down.k, Norm{}, sub_norm(layer.down), space.normed);
+  quantize(rows, inner_stride, layer.down.k, Norm{}, sub_norm(layer.down), space.normed);
   add_branch(layer.down, config.has_feedforward_norms ? layer.norms.post_feedforward : nullptr);
 }
 
@@ -266,8 +267,9 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
   const std::size_t stride = round_up(layer.k.n, kPanelRows);
   for_each_token(team_, tokens.count, [&](int t) {
     const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
-    float* key = space.inner.data() + t * stride;
-    const float* value = space.inner.data() + (tokens.count + t) * stride;
+    float* const keys = space.rows.data() + tokens.count * std::size_t(round_up(layer.q.n, kPanelRows));
+    float* const key = keys + t * stride;
+    const float* const value = key + tokens.count * stride;
     rotate_heads(kernels, config, layer.norms.key, space.cos[layer.rope].data() + angle,
                  space.sin[layer.rope].data() + angle, kv_heads, key);
     for (int head = 0; head < kv_heads; ++head) {
@@ -291,8 +293,7 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
   const Layer& layer = layers_[layer_index];
   const int d = config.head_dim, kv_heads = config.num_key_value_heads, group = config.num_heads / kv_heads;
   const std::size_t stride = round_up(layer.q.n, kPanelRows);
-  float* const q = space.q.data();
-  float* const attended = space.attended.get(tokens.count * stride);
+  float* const q = space.rows.data();
   const auto rotate = [&](int t, const float* norm, int heads, float* row) {
     const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
     rotate_heads(kernels, config, norm, space.cos[layer.rope].data() + angle, space.sin[layer.rope].data() + angle,
@@ -332,7 +333,7 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     tile.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
     if (single) {  // one token of a generation: a step less if each head prepares itself
       const std::size_t kv_stride = round_up(layer.k.n, kPanelRows);
-      float* const key = space.inner.data() + share.kv_head * d;
+      float* const key = q + stride + share.kv_head * d;
       rotate(0, layer.norms.key, 1, key);
       kernels.store_key_value(tile.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());
       rotate(0, layer.norms.query, group, q + share.kv_head * group * d);
@@ -347,7 +348,7 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
         const int token = share.first_token + (row + r) / group, position = tokens.position_of[token];
         const std::size_t at = token * stride + (share.kv_head * group + (row + r) % group) * d;
         tile.query[r] = q + at;
-        tile.out[r] = attended + at;
+        tile.out[r] = q + at;  // read before it is written
         tile.first[r] = layer.window > 0 ? std::max(0, position + 1 - layer.window) : 0;
         tile.last[r] = position + 1;
       }
