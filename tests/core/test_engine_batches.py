@@ -63,7 +63,7 @@ def test_continuations_of_one_prompt_do_not_see_each_other(pair: tuple[Engine, n
 
 
 def test_batches_hold_every_sequence_once_and_share_its_beginning() -> None:
-    sequences = [np.array(ids, np.int32) for ids in random_sequences(3, [40] * 20, prefix=30)]
+    sequences = [np.array(ids, np.int32) for ids in random_sequences(3, [10] * 20, prefix=30)]
     seen: list[int] = []
     for batch, indices in batches(sequences, [()] * len(sequences)):
         seen.extend(indices)
