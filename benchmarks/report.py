@@ -224,7 +224,7 @@ def draw_roofline(result: Result, path: Path) -> None:
     """Speed by multiply-adds per byte, under the roofs measured in the same run."""
     found, facts = points(result), result["environment"]
     figure, top = Figure(figsize=(WIDTH, 6.0), dpi=DPI, facecolor="white"), 2 * max(p.speed for p in found)
-    axes = figure.add_axes((0.08, 0.215, 0.905, 0.765))
+    axes = figure.add_axes((0.095, 0.215, 0.89, 0.765))
     axes.set_yscale("log", subs=(2, 5))
     axes.set(xscale="log", xlim=(0.3, 60000), ylim=(min(p.speed for p in found) / 2, top))
     axes.set(xlabel="multiply-adds per byte of weights read", ylabel="GMAC/s")
