@@ -15,6 +15,8 @@ except ImportError as error:
         "build it with: pip install --no-build-isolation -e ."
     ) from error
 
+MAX_THREADS = 1024
+
 
 def available_kernels() -> list[str]:
     """Kernels this processor can run, fastest first; "scalar" is always among them."""
@@ -43,8 +45,8 @@ def resolve_kernel(kernel: str | None) -> str:
 
 def resolve_num_threads(num_threads: int) -> int:
     """A positive number of threads: 0 means every core this process may use."""
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be 0 (every core) or more; got num_threads={num_threads}")
+    if not 0 <= num_threads <= MAX_THREADS:
+        raise ValueError(f"num_threads must be from 0 (every core) to {MAX_THREADS}; got num_threads={num_threads}")
     if num_threads > 0:
         return num_threads
     if hasattr(os, "sched_getaffinity"):

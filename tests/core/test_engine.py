@@ -338,6 +338,8 @@ def test_clear_errors_for_input_the_engine_cannot_run(qwen3: tuple[Engine, nn.Mo
         engine.generate("x", 1, stop="END")
     with pytest.raises(ValueError, match="num_threads=-2"):
         Engine.load(engine.model.path, num_threads=-2)
+    with pytest.raises(ValueError, match="to 1024; got num_threads=100000"):
+        Engine.load(engine.model.path, num_threads=100000)
     with pytest.raises(ValueError, match="kv_dtype must be one of float32, float16; got kv_dtype=int3"):
         Engine.load(engine.model.path, kv_dtype="int3")
     with pytest.raises(ValueError, match="num_texts=0 pooling=last"):

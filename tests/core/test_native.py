@@ -111,7 +111,7 @@ def test_scalar_is_always_available_and_the_active_kernel_is_the_first() -> None
 def test_zero_threads_means_every_core_and_negative_is_an_error() -> None:
     assert kernels.resolve_num_threads(0) >= 1
     assert kernels.resolve_num_threads(3) == 3
-    with pytest.raises(ValueError, match=r"num_threads must be 0 \(every core\) or more; got num_threads=-1"):
+    with pytest.raises(ValueError, match=r"num_threads must be from 0 \(every core\) to 1024; got num_threads=-1"):
         kernels.resolve_num_threads(-1)
 
 

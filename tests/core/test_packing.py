@@ -1,6 +1,7 @@
 """The packed file: the round trip, and one clear error for every way a file can be wrong."""
 
 import contextlib
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -225,6 +226,19 @@ def test_names_the_tensor_whose_bytes_are_corrupted(packed_file: Path, name: str
     damaged[header[name]["data_offsets"][1] - 1] ^= 4
     join_file(packed_file, header, bytes(damaged))
     with pytest.raises(ValueError, match=rf"is corrupted: the checksum of tensor={name} differs"):
+        read_packed(packed_file)
+
+
+def test_refuses_nan_behind_right_checksums(packed_file: Path) -> None:
+    header, data = split_file(packed_file)
+    begin, end = header["model.norm.weight"]["data_offsets"]
+    damaged = bytearray(data)
+    damaged[begin : begin + 4] = struct.pack("<f", float("nan"))
+    checksums = json.loads(header["__metadata__"]["checksums"])
+    checksums["model.norm.weight"] = hashlib.sha256(damaged[begin:end]).hexdigest()
+    header["__metadata__"]["checksums"] = json.dumps(checksums)
+    join_file(packed_file, header, bytes(damaged))
+    with pytest.raises(ValueError, match=r"finite numbers only; got NaN or infinity in tensor=model\.norm\.weight"):
         read_packed(packed_file)
 
 

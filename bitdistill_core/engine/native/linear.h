@@ -85,13 +85,14 @@ struct Product {
   bool add;
 };
 
-// Norms and quantises token t of x (tokens, stride): RMSNorm by `outer` if given, then by `inner` if given.
+// RMSNorm; none where `weight` is null.
 struct Norm {
   const float* weight = nullptr;
   float offset = 0;
   float eps = 0;
 };
 
+// Quantises tokens of x (num_tokens, stride), k elements each, normed by `outer`, then by `inner`.
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
                      int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out);
 
