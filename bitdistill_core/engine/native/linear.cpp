@@ -6,12 +6,18 @@
 namespace bitdistill {
 namespace {
 
-// Shares of a step: enough that a slow thread takes fewer; as long as can be where weights stream from memory.
-int num_shares(const Team& team, int num_panels, bool tiled) {
-  return std::min(num_panels, (tiled ? 6 : 2) * team.num_threads());
-}
+// The panels of a step in shares that threads take one by one: enough that a slow thread takes fewer, and long where
+// weights stream from memory.
+struct Shares {
+  int num_panels, num_threads;
+  bool tiled;
 
-void stream_panel(const Kernels& kernels, const Product& product, int panel) {
+  int count() const { return std::min(num_panels, (tiled ? 6 : 2) * num_threads); }
+  int begin(int share) const { return int(int64_t(num_panels) * share / count()); }
+};
+
+// One panel of a product for few tokens, to `out` (tokens, stride).
+void stream_panel(const Kernels& kernels, const Product& product, int panel, float* out, std::size_t stride) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
   alignas(32) int32_t sums[kStreamTokens * kPanelRows];
@@ -20,8 +26,7 @@ void stream_panel(const Kernels& kernels, const Product& product, int panel) {
                        sums + t * kPanelRows);
   }
   kernels.finish(sums, x.num_tokens, x.sum.data(), x.scale.data(), linear.weight_scale,
-                 linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows, product.add,
-                 product.out + panel * kPanelRows, product.stride);
+                 linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows, product.add, out, stride);
 }
 
 template <class Finish>
@@ -45,7 +50,9 @@ void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product
 }
 
 void multiply_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel) {
-  if (!product.x->tiled()) return stream_panel(kernels, product, panel);
+  if (!product.x->tiled()) {
+    return stream_panel(kernels, product, panel, product.out + panel * kPanelRows, product.stride);
+  }
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
   tile_panel(kernels, scratch, product, panel, [&](const int32_t* sums, int first, int tokens) {
@@ -111,9 +118,9 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products) {
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  const int shares = num_shares(team, num_panels, products[0].x->tiled());
-  team.run(shares, [&](int share, int thread) {
-    int first = int(int64_t(num_panels) * share / shares), last = int(int64_t(num_panels) * (share + 1) / shares);
+  const Shares shares{num_panels, team.num_threads(), products[0].x->tiled()};
+  team.run(shares.count(), [&](int share, int thread) {
+    int first = shares.begin(share), last = shares.begin(share + 1);
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
       for (; first < std::min(own, last); ++first) multiply_panel(kernels, scratch[thread], *product, first);
@@ -126,11 +133,11 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
 
 void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
                     Activation activation) {
-  const int num_panels = gate.linear->num_panels(), shares = num_shares(team, num_panels, gate.x->tiled());
+  const Shares shares{gate.linear->num_panels(), team.num_threads(), gate.x->tiled()};
   const int num_tokens = gate.x->num_tokens;
-  team.run(shares, [&](int share, int thread) {
+  team.run(shares.count(), [&](int share, int thread) {
     float* up_tile = scratch[thread].up.get(kTileTokens * kPanelRows);
-    const int begin = int(int64_t(num_panels) * share / shares), end = int(int64_t(num_panels) * (share + 1) / shares);
+    const int begin = shares.begin(share), end = shares.begin(share + 1);
     const auto finish = [&](int panel, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {
         kernels.gate_multiply(gate.out + (first + t) * gate.stride + panel * kPanelRows, up_tile + t * kPanelRows,
@@ -138,9 +145,9 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
       }
     };
     if (!gate.x->tiled()) {  // one stream after the other, not two at once
-      for (int panel = begin; panel < end; ++panel) stream_panel(kernels, gate, panel);
+      for (int panel = begin; panel < end; ++panel) multiply_panel(kernels, scratch[thread], gate, panel);
       for (int panel = begin; panel < end; ++panel) {
-        stream_panel(kernels, {up.linear, up.x, up_tile - panel * kPanelRows, kPanelRows, false}, panel);
+        stream_panel(kernels, up, panel, up_tile, kPanelRows);
         finish(panel, 0, num_tokens);
       }
       return;
