@@ -125,6 +125,8 @@ def engine_config(hf_config: dict[str, Any], *, eos_token_ids: list[int] | None 
     layer_types, sliding_window = _layer_types(hf_config)
     attention_bias = model_type in ("qwen3", "llama", "gemma3_text") and bool(hf_config.get("attention_bias"))
     activation = hf_config.get("hidden_activation" if is_gemma else "hidden_act")
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"the engine supports activations {', '.join(ACTIVATIONS)}; got hidden_act={activation}")
     config = EngineConfig(
         model_type=model_type,
         vocab_size=_required(hf_config, "vocab_size"),
@@ -259,9 +261,6 @@ def _surgery(hf_config: dict[str, Any]) -> tuple[str, float]:
 def _reject_unsupported(hf_config: dict[str, Any]) -> None:
     if hf_config.get("use_bidirectional_attention"):
         raise ValueError("the engine computes causal attention; got use_bidirectional_attention=True")
-    activation = hf_config.get("hidden_activation" if hf_config["model_type"] == "gemma3_text" else "hidden_act")
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(f"the engine supports activations {', '.join(ACTIVATIONS)}; got hidden_act={activation}")
     if hf_config["model_type"] == "gemma3_text" and hf_config.get("attn_logit_softcapping") is not None:
         # transformers stores this field of Gemma3 and never applies it, so a student was trained without it.
         raise ValueError(
