@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.surgery import operate, require_supported
 
 WEIGHTS = "model.safetensors"
@@ -34,7 +35,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def surgery_record(config: Any) -> dict[str, Any] | None:
-    """The `bitdistill` entry of a model's config (subln, sub_norm_eps, skip_modules), or None for a dense model."""
+    """The `bitdistill` entry of a model's config, what `surgery.operate` takes; None for a dense model."""
     record = getattr(config, "bitdistill", None)
     return dict(record) if record is not None else None
 
@@ -52,7 +53,7 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     record = surgery_record(config)
     if record is not None:
-        operate(model, **record)
+        operate(model, **{**record, "quantizer": WeightQuantizer(**record.get("quantizer", {}))})
     try:
         state = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.quantize.weight import WeightQuantizer, require_divisible
 
 Subln = Literal["none", "output", "all"]
 
@@ -47,7 +48,12 @@ def require_supported(config: PretrainedConfig) -> None:
 
 
 def operate(
-    model: PreTrainedModel, *, subln: Subln, sub_norm_eps: float, skip_modules: Sequence[str] = ()
+    model: PreTrainedModel,
+    *,
+    subln: Subln,
+    sub_norm_eps: float,
+    skip_modules: Sequence[str] = (),
+    quantizer: WeightQuantizer = WeightQuantizer(),  # noqa: B008  (frozen)
 ) -> list[Change]:
     """Turns `model` into a student in place and reports every module changed.
 
@@ -57,7 +63,8 @@ def operate(
     Args:
         skip_modules: names below the decoder, like `layers.0.mlp.down_proj`, that stay full precision.
     Raises:
-        ValueError: unsupported architecture, a name in `skip_modules` that matches nothing, or no module to change.
+        ValueError: unsupported architecture, a name in `skip_modules` that matches nothing, no module to change, or
+            blocks that do not divide a layer's width.
     """
     require_supported(model.config)
     decoder = model.get_decoder()
@@ -74,7 +81,10 @@ def operate(
         parent_name, _, child = name.rpartition(".")
         has_sub_norm = subln == "all" or (subln == "output" and child in OUTPUT_PROJECTIONS)
         weight = linear.get_parameter("weight")
-        bit_linear = BitLinear(weight, linear.bias, sub_norm_eps=sub_norm_eps if has_sub_norm else None)
+        require_divisible(quantizer, linear.in_features, name)
+        bit_linear = BitLinear(
+            weight, linear.bias, sub_norm_eps=sub_norm_eps if has_sub_norm else None, quantizer=quantizer
+        )
         setattr(decoder.get_submodule(parent_name), child, bit_linear)
         changes.append(Change(f"model.{name}", linear.in_features, linear.out_features, has_sub_norm))
     if not changes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bitdistill_core.quantize.ternary import quantize_weight
+from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 
 RANGE = 3.0  # the histogram covers weight / weight_scale from -RANGE to RANGE
 NUM_BINS = 120  # so that the thresholds +-0.5 are bin edges
@@ -43,7 +43,7 @@ def summarize(weights: Path, modules: Sequence[str]) -> WeightSummary:
                 )
             for module in modules:
                 weight = file.get_tensor(f"{module}.weight").float()
-                w_ternary, weight_scale = quantize_weight(weight)
+                w_ternary, weight_scale = quantize_weight(weight, WeightQuantizer())
                 relative = weight.div_(weight_scale)
                 histogram += torch.histc(relative, NUM_BINS, -RANGE, RANGE).double()
                 codes += torch.bincount(w_ternary.flatten().to(torch.int64) + 1, minlength=3).double()

@@ -22,7 +22,7 @@ from bitdistill_core.losses import head_logits
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from bitdistill_core.quantize.activation import quantize_rows
-from bitdistill_core.quantize.ternary import quantize_weight
+from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_task
 
 PACKED = "model.bitdistill"
@@ -120,7 +120,7 @@ def pack_model(student: PreTrainedModel, tokenizer_json: bytes, path: Path, *, t
 def _ternary(name: str, layer: BitLinear) -> TernaryLinear:
     if not torch.isfinite(layer.weight).all():
         raise ValueError(f"a packed model holds finite numbers only; got NaN or infinity in tensor={name}.weight")
-    w_ternary, scale = quantize_weight(layer.weight.detach())
+    w_ternary, scale = quantize_weight(layer.weight.detach(), layer.quantizer)
     return TernaryLinear(
         w_ternary.numpy(),
         float(scale),

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.quantize.activation import quantize_activation
-from bitdistill_core.quantize.ternary import quantize_weight
+from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 
@@ -43,7 +43,7 @@ def test_bit_linear_computes_the_integer_product() -> None:
         layer.input_norm.weight.copy_(torch.rand(10, generator=generator) + 0.5)
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.input_norm.weight
     x_int8, x_scale = quantize_activation(normed)
-    w_ternary, w_scale = quantize_weight(weight)
+    w_ternary, w_scale = quantize_weight(weight, WeightQuantizer())
     expected = (x_int8.long() @ w_ternary.long().T) * x_scale * w_scale + bias
     assert torch.allclose(layer(x), expected, atol=1e-5)
 

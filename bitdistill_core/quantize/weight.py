@@ -1,0 +1,94 @@
+"""Weight quantisers of BitLinear: which grid, and which weights share a scale.
+
+Ternary is absmean, BitDistill Eq. 1-2. Binary is BitNet's: the sign of the zero-centred weight (arXiv 2310.11453,
+Eq. 1-3). Either has one scale a tensor, a row, or a block of consecutive weights of a row.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitdistill_core.quantize.straight_through import straight_through
+
+SCALE_FLOOR = 1e-5
+
+Grid = Literal["ternary", "binary"]
+Granularity = Literal["tensor", "row", "block"]
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """How the weights of a student become codes."""
+
+    grid: Grid = "ternary"
+    granularity: Granularity = "tensor"
+    block_size: int = 0  # weights of a row that share a scale; for granularity block only
+
+
+def require_divisible(quantizer: WeightQuantizer, in_features: int, name: str) -> None:
+    """Raises ValueError when the blocks do not divide a row of the layer `name`."""
+    if quantizer.granularity == "block" and in_features % quantizer.block_size:
+        raise ValueError(
+            f"surgery.weight_block_size must divide every layer's input width; got layer={name}, width={in_features}, "
+            f"weight_block_size={quantizer.block_size}"
+        )
+
+
+def weight_scale(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """Absmean of the weights that share a scale, fp32: (), (N, 1) or (N, K / block_size). BitDistill Eq. 2 [Delta].
+
+    At least 1e-5: the paper adds epsilon to the divisor, we floor the scale, as the authors' code does.
+    """
+    magnitude = weight.detach().float().abs()
+    if quantizer.granularity == "tensor":
+        mean = magnitude.mean()
+    elif quantizer.granularity == "row":
+        mean = magnitude.mean(dim=1, keepdim=True)
+    else:
+        mean = magnitude.unflatten(1, (-1, quantizer.block_size)).mean(dim=2)
+    return mean.clamp_(min=SCALE_FLOOR)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """Codes and scale of a weight matrix, weight ~ spread(weight_scale) * codes.
+
+    Ternary: clip(round(weight / weight_scale), -1, 1), rounding half to even. Binary: the sign of weight minus the mean
+    of the weights that share its scale, and -1 at zero.
+
+    Args:
+        weight: (N, K), any float dtype. Computed in fp32.
+    Returns:
+        codes (N, K) int8; weight_scale fp32, as the function `weight_scale` gives it.
+    """
+    scale = weight_scale(weight, quantizer)
+    return _codes(weight.float(), scale, quantizer).to(torch.int8), scale
+
+
+def fake_quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """`spread(weight_scale) * codes` in the dtype of `weight`, with the straight-through gradient."""
+    with torch.no_grad():
+        scale = weight_scale(weight, quantizer)
+        quantized = _codes(weight.float(), scale, quantizer).mul_(spread(scale, weight.shape[1])).to(weight.dtype)
+    return straight_through(weight, quantized)
+
+
+def spread(scale: Tensor, in_features: int) -> Tensor:
+    """A scale as it multiplies a weight (N, K): (), (N, 1), or a block's scale repeated to (N, K)."""
+    if scale.dim() == 2 and scale.shape[1] > 1:
+        return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+    return scale
+
+
+def _codes(weight: Tensor, scale: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    if quantizer.grid == "ternary":
+        return (weight / spread(scale, weight.shape[1])).round_().clamp_(-1, 1)
+    if quantizer.granularity == "tensor":
+        centre = weight.mean()
+    elif quantizer.granularity == "row":
+        centre = weight.mean(dim=1, keepdim=True)
+    else:
+        centre = spread(weight.unflatten(1, (-1, quantizer.block_size)).mean(dim=2), weight.shape[1])
+    return torch.where(weight > centre, 1.0, -1.0)
