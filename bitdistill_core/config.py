@@ -6,7 +6,7 @@ differs from it. Not for anything that is derived at run time.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -19,6 +19,9 @@ class Section(BaseModel):
     """A section of params.yaml. Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class RuntimeConfig(Section):
@@ -100,8 +103,9 @@ class TaskSection(TrainSection):
 
 
 class ScratchConfig(BlocksSection):
-    """A small Qwen3 causal LM trained from nothing, for the demo. Used when base.checkpoint is null."""
+    """A small causal LM trained from nothing, for the demo. Used when base.checkpoint is null."""
 
+    architecture: Literal["qwen3", "qwen2", "llama", "gemma3_text"]
     vocab_size: int = Field(ge=300)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
@@ -116,6 +120,7 @@ class BaseConfig(Section):
     """params.yaml section `base`: the full-precision LM to convert."""
 
     checkpoint: str | None  # directory, hub id, file.gguf, or package:MODULE/file.gguf; null trains `scratch`
+    num_layers: int = Field(ge=0)  # keep the first so many blocks; 0: all
     scratch: ScratchConfig
 
 
@@ -123,12 +128,43 @@ class SurgeryConfig(Section):
     """params.yaml section `surgery`."""
 
     subln: Literal["none", "output", "all"]
+    subln_gain: Literal["one", "preserve"]  # preserve: the gain that changes the layer's input least
     sub_norm_eps: float = Field(gt=0)
     skip_modules: list[str]  # names below `model.` that stay full precision
+    weight_grid: Literal["ternary", "binary"]
+    weight_granularity: Literal["tensor", "row", "block"]  # the weights that share a scale
+    weight_block_size: int = Field(ge=16)  # of a row; for granularity block
+    initializer: Literal["none", "gptq", "awq"]
+    calibration: Literal["corpus", "examples"]  # texts for initializer and subln_gain
+    calibration_sequences: int = Field(gt=0)
+    calibration_length: int = Field(gt=1)  # tokens a sequence
+    seed: int = Field(ge=0)  # of the choice of texts
 
 
-class PretrainConfig(BlocksSection):
-    """params.yaml section `pretrain`: continued pre-training of the student (stage 2 of the paper)."""
+class StudentTraining(Section):
+    """What the stages that train a student share."""
+
+    quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
+    hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
+
+
+class PretrainConfig(BlocksSection, StudentTraining):
+    """params.yaml section `pretrain`: continued pre-training of the student (stage 2 of the paper).
+
+    The paper's is cross-entropy alone. With logits_kd_weight or hidden_kd_weight the base model is its teacher.
+    """
+
+    task_loss_weight: float = Field(ge=0)  # of the cross-entropy
+    logits_kd_weight: float = Field(ge=0)
+    kd_temperature: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "PretrainConfig":
+        if not self.task_loss_weight and not self.logits_kd_weight and not self.hidden_kd_weight:
+            raise ValueError(
+                "pretrain needs a loss: one of task_loss_weight, logits_kd_weight, hidden_kd_weight above 0"
+            )
+        return self
 
 
 class TeacherConfig(TaskSection):
@@ -139,17 +175,27 @@ class BitnetSftConfig(TaskSection):
     """params.yaml section `bitnet_sft`: the paper's baseline, ternary fine-tuning and nothing else."""
 
 
-class DistillConfig(TaskSection):
-    """params.yaml section `distill` (stage 3). Symbols from the BitDistill paper in brackets."""
+class DistillConfig(TaskSection, StudentTraining):
+    """params.yaml section `distill` (stage 3). Symbols from the BitDistill paper in brackets.
+
+    With no distillation weight above 0 it is plain fine-tuning of the student, and no teacher runs.
+    """
 
     loss: Literal["paper", "authors"]  # Eq. 8-12, or what the authors' code computes
     logits_kd_weight: float = Field(ge=0)  # [lambda]
     attention_kd_weight: float = Field(ge=0)  # [gamma]
     kd_temperature: float = Field(gt=0)  # [tau]
     num_relation_heads: int = Field(gt=0)  # [A_r]
-    distill_layers: list[int] = Field(min_length=1)  # [Upsilon] student layers; negative counts from the end
+    distill_layers: list[int]  # [Upsilon] student layers; negative counts from the end; empty: all
     teacher_layers: list[int]  # the teacher's, one for one; empty: the same indices
     grad_norm_every: int = Field(ge=0)  # steps between gradient norms of each loss part; 0: never
+    balance_grad_norms: float = Field(ge=0)  # hold each term's gradient norm at so many times the task loss's; 0: off
+
+    @model_validator(mode="after")
+    def _balance_measures(self) -> "DistillConfig":
+        if self.balance_grad_norms and not self.grad_norm_every:
+            raise ValueError("distill.balance_grad_norms needs grad_norm_every above 0; got grad_norm_every=0")
+        return self
 
     @model_validator(mode="after")
     def _layers_pair_up(self) -> "DistillConfig":
@@ -220,15 +266,20 @@ def load_params(
     Raises:
         ValueError: an unreadable file, an unknown profile or key, a wrong type; the message names the key.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if profile is not None and profile != "demo":
-        values = _merged(values, _read_yaml(_profile_path(path, profile)), path=profile)
+        values = merged(values, read_yaml(_profile_path(path, profile)))
     for override in overrides:
         _apply_override(values, override)
     if seed is not None:
         _set_seeds(values, seed)
+    return validated(Params, values)
+
+
+def validated(model: type[SectionType], values: Mapping[str, Any]) -> SectionType:
+    """`values` as that model. Raises ValueError that names every wrong key."""
     try:
-        return Params.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise ValueError(_one_message(error)) from None
 
@@ -253,9 +304,10 @@ def _profile_path(path: Path, profile: str) -> Path:
     return path.parent / "profiles" / f"{profile}.yaml"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of sections. Raises ValueError when there is none or it is something else."""
     if not path.is_file():
-        raise ValueError(f"no parameter file at path={path}; run from the project's root or give --params FILE")
+        raise ValueError(f"no parameter file at path={path}; run from the project's root or give its path")
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text())
     except (YAMLError, UnicodeDecodeError) as error:
@@ -265,12 +317,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any], *, path: str) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the leaves of `changes`. Mappings merge, anything else replaces."""
     out = dict(values)
     for key, change in changes.items():
         if isinstance(change, Mapping) and isinstance(out.get(key), Mapping):
-            out[key] = _merged(out[key], change, path=f"{path}.{key}")
+            out[key] = merged(out[key], change)
         else:
             out[key] = change
     return out

@@ -52,6 +52,30 @@ def tokenize_corpus(directory: Path, tokenizer: PreTrainedTokenizerBase, *, max_
     return np.memmap(out, dtype=np.uint32, mode="r")
 
 
+def sample_sequences(
+    source: Path, column: str, tokenizer: PreTrainedTokenizerBase, *, num_sequences: int, length: int, seed: int
+) -> torch.Tensor:
+    """Token ids (num_sequences, length) int64 of random documents, joined by the end-of-text token and cut.
+
+    Args:
+        source: a parquet file, or a directory of them; column: where its texts are.
+    Raises:
+        ValueError: fewer tokens than asked for.
+    """
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    texts = [text for file in files for text in pq.read_table(file, columns=[column])[column].to_pylist()]
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(texts)):
+        ids += tokenizer(texts[index], add_special_tokens=False)["input_ids"] + end
+        if len(ids) >= num_sequences * length:
+            return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
+    raise ValueError(
+        f"calibration needs num_sequences * length = {num_sequences * length} tokens; path={source} has {len(ids)}; "
+        "lower surgery.calibration_sequences"
+    )
+
+
 class BlockBatches:
     """step -> micro-batches of blocks, shuffled anew each epoch. A pure function of (tokens, seed, step)."""
 

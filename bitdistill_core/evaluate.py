@@ -176,6 +176,54 @@ def evaluate_split(
     return Evaluation(metrics, len(samples), [_prediction(sample, is_generation) for sample in samples])
 
 
+def score_examples(
+    scorer: Scorer, *, is_generation: bool, examples: Path, max_new_tokens: int, name: str
+) -> Evaluation:
+    """The same figures as `evaluate_split` without lm-eval, for machines that have only what training needs.
+
+    Args:
+        examples: parquet written by the `data` stage; name: for the progress bar.
+    """
+    rows = pq.read_table(examples).to_pylist()
+    if is_generation:
+        return _score_generation(scorer, rows, max_new_tokens, name)
+    requests = [
+        (scorer.encode_prompt(row["prompt"]), scorer.encode_answer(choice)) for row in rows for choice in row["choices"]
+    ]
+    scores = np.empty(len(requests))
+    with progress_bar(f"evaluate {name}", total=len(requests), unit="answer") as bar:
+        for index, log_prob in scorer.score(requests):
+            scores[index] = log_prob
+            bar.update()
+    predictions, begin = [], 0
+    for index, row in enumerate(rows):
+        own = scores[begin : begin + len(row["choices"])]
+        begin += len(row["choices"])
+        predictions.append({
+            "index": index,
+            "label": row["label"],
+            "prediction": int(np.argmax(own)),
+            "scores": [round(float(score), 5) for score in own],
+        })  # fmt: skip
+    accuracy = float(np.mean([line["prediction"] == line["label"] for line in predictions]))
+    return Evaluation({"accuracy": accuracy}, len(rows), predictions)
+
+
+def _score_generation(scorer: Scorer, rows: Sequence[Any], max_new_tokens: int, name: str) -> Evaluation:
+    from bitdistill_core.lm_eval_tasks import summarisation
+
+    predictions, pairs = [], []
+    with progress_bar(f"evaluate {name}", total=len(rows), unit="text") as bar:
+        for index, row in enumerate(rows):
+            text = scorer.generate(row["prompt"], max_new_tokens)
+            scores = summarisation.process_results(row, [text])
+            pairs.append(scores.pop("bleu"))
+            predictions.append({"index": index, "prediction": text.strip(), "scores": scores})
+            bar.update()
+    metrics = {key: float(np.mean([line["scores"][key] for line in predictions])) for key in summarisation.ROUGE}
+    return Evaluation({**metrics, "bleu": summarisation.corpus_bleu(pairs)}, len(rows), predictions)
+
+
 def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
     """95% Wilson score interval of a share, as fractions."""
     z = 1.959963984540054

@@ -45,6 +45,8 @@ def fit(
     report_every: int,
     checkpoint_every: int,
     grad_norm_every: int = 0,
+    balance_grad_norms: float = 0.0,
+    on_step: Callable[[int, int], None] | None = None,
     work_dir: Path,
     device: torch.device,
     report: Report,
@@ -53,15 +55,20 @@ def fit(
 
     Reports `NAME/loss`, each part as `NAME/PART`, `NAME/learning_rate`, `NAME/grad_norm`, `NAME/tokens_per_second`
     and, every `grad_norm_every` steps, the gradient norm of each part as `NAME/grad_norm_PART`. Parts are averages
-    over the steps since the last report.
+    over the steps since the last report. Schedule `two_stage` also ends weight decay at the middle step.
 
+    Args:
+        balance_grad_norms: every part but `task_loss` is scaled so that its gradient norm, a moving average of those
+            measured, stays at so many times that of `task_loss`; 0: the parts as they come.
+        on_step: called with (step, num_steps) before each step.
     Raises:
         ValueError: a loss or gradient that is not finite; names the step. The last good checkpoint stays.
     """
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, adam_beta2=adam_beta2)
-    start = _resume(work_dir, model, optimizer)
+    balance = _Balance(balance_grad_norms)
+    start = _resume(work_dir, model, optimizer, balance)
     window: dict[str, float] = {}
     num_tokens, window_steps, last_report, metrics = 0, 0, time.perf_counter(), {}
     with progress_bar(name, total=num_steps, initial=start, unit="step") as bar:
@@ -70,6 +77,10 @@ def fit(
             factor = learning_rate_factor(step, num_steps, schedule=schedule, warmup_ratio=warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor
+                if schedule == "two_stage" and step >= num_steps // 2:
+                    group["weight_decay"] = 0.0
+            if on_step is not None:
+                on_step(step, num_steps)
             part_norms: dict[str, float] = {}
             for index, batch in enumerate(batches(step)):
                 batch = batch.to(device)
@@ -77,6 +88,9 @@ def fit(
                     parts = loss_fn(batch)
                 if index == 0 and grad_norm_every and step % grad_norm_every == 0 and len(parts) > 1:
                     part_norms = _part_grad_norms(parts, parameters)
+                    balance.update(part_norms)
+                    part_norms = {part: norm * balance.scale(part) for part, norm in part_norms.items()}
+                parts = {part: value * balance.scale(part) for part, value in parts.items()}
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
                 for part, value in {"loss": loss, **parts}.items():
@@ -101,9 +115,28 @@ def fit(
                 report({f"{name}/grad_norm_{part}": value for part, value in part_norms.items()}, step + 1)
             bar.update()
             if (step + 1) % checkpoint_every == 0 and not is_last:
-                _save(work_dir, step + 1, model, optimizer)
+                _save(work_dir, step + 1, model, optimizer, balance)
     model.eval()
     return metrics
+
+
+class _Balance:
+    """Scales of the loss parts from moving averages of their gradient norms."""
+
+    KEEP = 0.7  # of the average at each measurement
+
+    def __init__(self, target: float) -> None:
+        self.target = target
+        self.norms: dict[str, float] = {}
+
+    def update(self, norms: dict[str, float]) -> None:
+        for part, norm in norms.items():
+            self.norms[part] = self.KEEP * self.norms.get(part, norm) + (1 - self.KEEP) * norm
+
+    def scale(self, part: str) -> float:
+        if not self.target or part == "task_loss" or not self.norms.get(part):
+            return 1.0
+        return self.target * self.norms["task_loss"] / self.norms[part]
 
 
 def _optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float, adam_beta2: float) -> torch.optim.AdamW:
@@ -140,7 +173,7 @@ def _latest(work_dir: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
-def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: _Balance) -> None:
     """Writes work_dir/step-N atomically and removes older ones."""
     final, temporary = work_dir / f"step-{step}", work_dir / "saving"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -154,14 +187,14 @@ def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
         for key, value in state.items()
     }
     save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "step.json").write_text(json.dumps({"step": step}))
+    (temporary / "step.json").write_text(json.dumps({"step": step, "grad_norms": balance.norms}))
     older = _latest(work_dir)
     os.replace(temporary, final)
     if older is not None and older != final:
         shutil.rmtree(older)
 
 
-def _resume(work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, balance: _Balance) -> int:
     """Loads the latest checkpoint of work_dir, if there is one, and returns the step to go on from."""
     latest = _latest(work_dir)
     if latest is None:
@@ -176,4 +209,6 @@ def _resume(work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
         index, _, field = key.partition(".")
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(json.loads((latest / "step.json").read_text())["step"])
+    record = json.loads((latest / "step.json").read_text())
+    balance.norms = record["grad_norms"]
+    return int(record["step"])

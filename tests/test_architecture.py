@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORCHESTRATION = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 HEAVY = {"lm_eval", "datasets"}  # inside the functions that need them
-MAY_IMPORT_STAGES = {"bitdistill_core/pipeline.py", "bitdistill_core/cli.py"}
+MAY_IMPORT_STAGES = {"bitdistill_core/pipeline.py", "bitdistill_core/cli.py", "bitdistill_core/tables/cell.py"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Stage `base`: the full-precision causal LM to convert, as a checkpoint directory of safetensors.
 
-Loads `base.checkpoint`, or trains a small Qwen3 with its own BPE tokenizer on the corpus when that is null.
+Loads `base.checkpoint`, or trains a small model with its own BPE tokenizer on the corpus when that is null.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from bitdistill_core import checkpoint
@@ -52,37 +53,57 @@ def run(
         model, tokenizer, metrics = _train_scratch(config.scratch, inputs, work_dir, report, device)
     else:
         model, tokenizer = checkpoint.load_pretrained(config.checkpoint)
+    if config.num_layers:
+        keep_first_layers(model, config.num_layers)
     checkpoint.save_model(model, tokenizer, out_dir)
     metrics["base/num_parameters"] = sum(p.numel() for p in model.parameters())
     report({"base/num_parameters": metrics["base/num_parameters"]}, 0)
     return metrics
 
 
+def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Drops every block after the first `num_layers`. Raises ValueError if the model has fewer."""
+    decoder = model.get_decoder()
+    depth = len(decoder.layers)
+    if num_layers > depth:
+        raise ValueError(f"base.num_layers must not exceed the model's; got num_layers={num_layers}, depth={depth}")
+    decoder.layers = decoder.layers[:num_layers]
+    model.config.num_hidden_layers = num_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:num_layers]
+
+
 def _train_scratch(
     config: ScratchConfig, inputs: Inputs, work_dir: Path, report: Report, device: torch.device
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast, Metrics]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Metrics]:
     tokenizer = train_tokenizer(inputs.data / "corpus", vocab_size=config.vocab_size)
     torch.manual_seed(config.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    model = AutoModelForCausalLM.from_config(_scratch_config(config, tokenizer))
     metrics = training.train_on_corpus(
         model, tokenizer, config, inputs.data, name="base", work_dir=work_dir, report=report, device=device
     )
     return model, tokenizer, metrics
+
+
+def _scratch_config(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    own = {"query_pre_attn_scalar": config.head_dim} if config.architecture == "gemma3_text" else {}
+    settings: PretrainedConfig = AutoConfig.for_model(
+        config.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **own,
+    )
+    return settings
 
 
 def train_tokenizer(corpus: Path, *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,10 +1,11 @@
 """Stage 3 of BitDistill, `distill`: the fine-tuned teacher distilled into the ternary student (Eq. 13).
 
-loss = task_loss + logits_kd_weight * logits_kd + attention_kd_weight * attention_kd. The teacher runs live, without
-gradient. Embedding and head of the result are rounded to the INT8 grid of the packed file.
+loss = task_loss + logits_kd_weight * logits_kd + attention_kd_weight * attention_kd, and optionally the distance of
+the blocks' outputs. The teacher runs live, without gradient; where every weight is 0 there is none. Embedding and head of the result are rounded to the INT8 grid of the packed file.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitdistill_core import checkpoint, losses
+from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.config import DistillConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.relations import captured
 from bitdistill_core.stages import training
-from bitdistill_core.train import LossParts
+from bitdistill_core.train import LossFn, LossParts
 
 
 @dataclass(frozen=True)
@@ -39,47 +41,18 @@ def run(
             do not divide the width of Q, K and V.
     """
     student, tokenizer = checkpoint.load_model(inputs.student)
-    teacher, teacher_tokenizer = checkpoint.load_model(inputs.teacher)
-    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
-        raise ValueError(
-            f"teacher and student must share a vocabulary; got sizes {len(teacher_tokenizer)} and {len(tokenizer)}"
-        )
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    nn.Module.to(teacher.requires_grad_(False), device, precision)
-    pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
-    for model in (student, teacher):
-        _require_heads(model, config.num_relation_heads)
-    with (
-        captured(student, [s for s, _ in pairs]) as student_states,
-        captured(teacher, [t for _, t in pairs]) as teacher_states,
-    ):
-
-        def loss_fn(batch: losses.Batch) -> LossParts:
-            with torch.no_grad():
-                teacher_hidden = losses.hidden_states(teacher, batch)
-            hidden = losses.hidden_states(student, batch)
-            parts = {"task_loss": losses.task_loss(student, hidden, batch)}
-            if config.logits_kd_weight:
-                parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
-                    student,
-                    hidden,
-                    teacher,
-                    teacher_hidden,
-                    batch,
-                    kd_temperature=config.kd_temperature,
-                    variant=config.loss,
+    with ExitStack() as stack:
+        loss_fn = None
+        if config.logits_kd_weight or config.attention_kd_weight or config.hidden_kd_weight:
+            teacher, teacher_tokenizer = checkpoint.load_model(inputs.teacher)
+            if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+                raise ValueError(
+                    "teacher and student must share a vocabulary; got sizes "
+                    f"{len(teacher_tokenizer)} and {len(tokenizer)}"
                 )
-            if config.attention_kd_weight:
-                parts["attention_kd"] = config.attention_kd_weight * losses.attention_kd_loss(
-                    student_states,
-                    teacher_states,
-                    pairs,
-                    batch,
-                    num_relation_heads=config.num_relation_heads,
-                    variant=config.loss,
-                )
-            return parts
-
+            nn.Module.to(teacher.requires_grad_(False), device, training.dtype_of(config))
+            loss_fn = _distilling(config, student, teacher, stack)
+        on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
         metrics = training.train_on_task(
             student,
             tokenizer,
@@ -90,17 +63,63 @@ def run(
             report=report,
             device=device,
             loss_fn=loss_fn,
+            on_step=on_step,
             grad_norm_every=config.grad_norm_every,
+            balance_grad_norms=config.balance_grad_norms,
         )
     training.round_embeddings(student)
     checkpoint.save_model(student, tokenizer, out_dir)
     return metrics
 
 
+def _distilling(config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack) -> LossFn:
+    """The loss of Eq. 13; what it captures of both models is captured until `stack` closes."""
+    pairs: list[tuple[int, int]] = []
+    if config.attention_kd_weight:
+        pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
+        for model in (student, teacher):
+            _require_heads(model, config.num_relation_heads)
+    student_states = stack.enter_context(captured(student, [s for s, _ in pairs]))
+    teacher_states = stack.enter_context(captured(teacher, [t for _, t in pairs]))
+    if config.hidden_kd_weight:
+        require_same_blocks(student, teacher)
+        ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
+
+    def loss_fn(batch: losses.Batch) -> LossParts:
+        with torch.no_grad():
+            teacher_hidden = losses.hidden_states(teacher, batch)
+        hidden = losses.hidden_states(student, batch)
+        parts = {"task_loss": losses.task_loss(student, hidden, batch)}
+        if config.logits_kd_weight:
+            parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
+                student,
+                hidden,
+                teacher,
+                teacher_hidden,
+                batch,
+                kd_temperature=config.kd_temperature,
+                variant=config.loss,
+            )
+        if config.attention_kd_weight:
+            parts["attention_kd"] = config.attention_kd_weight * losses.attention_kd_loss(
+                student_states,
+                teacher_states,
+                pairs,
+                batch,
+                num_relation_heads=config.num_relation_heads,
+                variant=config.loss,
+            )
+        if config.hidden_kd_weight:
+            parts["hidden_kd"] = config.hidden_kd_weight * hidden_kd_loss(ours, theirs, batch)
+        return parts
+
+    return loss_fn
+
+
 def layer_pairs(
     student_layers: Sequence[int], teacher_layers: Sequence[int], student: PreTrainedModel, teacher: PreTrainedModel
 ) -> list[tuple[int, int]]:
-    """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model."""
+    """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model; none: all."""
 
     def resolve(layer: int, model: PreTrainedModel, key: str) -> int:
         depth = int(model.config.num_hidden_layers)
@@ -108,6 +127,8 @@ def layer_pairs(
             raise ValueError(f"{key} must name layers of a model with num_layers={depth}; got {layer}")
         return layer % depth
 
+    if not student_layers:
+        student_layers = range(int(student.config.num_hidden_layers))
     chosen = list(teacher_layers) or list(student_layers)
     return [
         (resolve(s, student, "distill.distill_layers"), resolve(t, teacher, "distill.teacher_layers"))

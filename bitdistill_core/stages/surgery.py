@@ -1,14 +1,24 @@
-"""Stage 1 of BitDistill, `surgery`: the base model with SubLN and BitLinear. Writes the student and surgery.json."""
+"""Stage 1 of BitDistill, `surgery`: the base model with SubLN and BitLinear, calibrated where the parameters ask for it.
+
+Writes the student, surgery.json and, after calibration, calibration.json.
+"""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
 from bitdistill_core.config import SurgeryConfig
+from bitdistill_core.corpus import sample_sequences
 from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.quantize.weight import WeightQuantizer
+from bitdistill_core.stages.data import examples_path
+from bitdistill_core.stages.training import require_window
 from bitdistill_core.surgery import operate
 
 
@@ -17,6 +27,7 @@ class Inputs:
     """Stage directories."""
 
     model: Path
+    data: Path
 
 
 def run(
@@ -24,14 +35,55 @@ def run(
 ) -> Metrics:
     """Writes a student checkpoint and surgery.json, the list of every module changed."""
     model, tokenizer = checkpoint.load_model(inputs.model)
-    changes = operate(model, **config.model_dump())
-    model.config.bitdistill = config.model_dump()
-    checkpoint.save_model(model, tokenizer, out_dir)
-    (out_dir / "surgery.json").write_text(json.dumps([asdict(c) for c in changes], indent=1) + "\n")
+    record = config.model_dump(include={"subln", "sub_norm_eps", "skip_modules"})
+    quantizer = weight_quantizer(config)
+    changes = operate(model, **record, quantizer=quantizer)
+    model.config.bitdistill = {**record, "quantizer": asdict(quantizer)}
     metrics = {
         "surgery/num_bit_linears": float(len(changes)),
         "surgery/num_sub_norms": float(sum(c.has_sub_norm for c in changes)),
         "surgery/num_ternary_weights": float(sum(c.in_features * c.out_features for c in changes)),
     }
+    if config.initializer != "none" or config.subln_gain != "one":
+        metrics.update(_calibrate(model, tokenizer, config, inputs.data, out_dir, device))
+    checkpoint.save_model(model, tokenizer, out_dir)
+    (out_dir / "surgery.json").write_text(json.dumps([asdict(c) for c in changes], indent=1) + "\n")
     report(metrics, 0)
     return metrics
+
+
+def weight_quantizer(config: SurgeryConfig) -> WeightQuantizer:
+    """The quantiser that the section describes."""
+    is_block = config.weight_granularity == "block"
+    return WeightQuantizer(
+        config.weight_grid, config.weight_granularity, block_size=config.weight_block_size if is_block else 0
+    )
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SurgeryConfig,
+    data: Path,
+    out_dir: Path,
+    device: torch.device,
+) -> Metrics:
+    from bitdistill_core.calibration import calibrate
+
+    require_window(model, config.calibration_length, "surgery.calibration_length")
+    is_corpus = config.calibration == "corpus"
+    input_ids = sample_sequences(
+        data / "corpus" if is_corpus else examples_path(data, "train"),
+        "text" if is_corpus else "prompt",
+        tokenizer,
+        num_sequences=config.calibration_sequences,
+        length=config.calibration_length,
+        seed=config.seed,
+    )
+    nn.Module.to(model, device)
+    errors = calibrate(model, input_ids.to(device), subln_gain=config.subln_gain, initializer=config.initializer)
+    (out_dir / "calibration.json").write_text(json.dumps([asdict(e) for e in errors], indent=1) + "\n")
+    return {
+        "surgery/relative_error_before": float(np.mean([e.relative_error_before for e in errors])),
+        "surgery/relative_error_after": float(np.mean([e.relative_error_after for e in errors])),
+    }

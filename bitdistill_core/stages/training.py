@@ -1,6 +1,7 @@
 """What the training stages share: a section of params.yaml turned into batches, a loss and a call of `train.fit`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import losses, train
+from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.config import BlocksSection, TaskSection, TrainSection
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
@@ -27,8 +29,10 @@ def train_on_corpus(
     work_dir: Path,
     report: Report,
     device: torch.device,
+    loss_fn: train.LossFn | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Metrics:
-    """Next-token cross-entropy on packed blocks of the corpus (BitDistill Eq. 7). Trains `model` in place."""
+    """Trains `model` in place on packed blocks of the corpus; `loss_fn` None is cross-entropy (BitDistill Eq. 7)."""
     require_window(model, config.block_size, f"{name}.block_size")
     num_steps = config.num_tokens // (config.block_size * config.batch_size)
     if num_steps == 0:
@@ -45,8 +49,9 @@ def train_on_corpus(
     return train.fit(
         model,
         batches,
-        _task_loss_fn(model),
+        loss_fn if loss_fn is not None else _task_loss_fn(model),
         num_steps=num_steps,
+        on_step=on_step,
         **_options(config, name=name, work_dir=work_dir, report=report, device=device),
     )
 
@@ -61,8 +66,10 @@ def train_on_task(
     work_dir: Path,
     report: Report,
     device: torch.device,
-    loss_fn: Callable[[losses.Batch], train.LossParts] | None = None,
+    loss_fn: train.LossFn | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     grad_norm_every: int = 0,
+    balance_grad_norms: float = 0.0,
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
@@ -86,8 +93,15 @@ def train_on_task(
         loss_fn if loss_fn is not None else _task_loss_fn(model),
         num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
         grad_norm_every=grad_norm_every,
+        balance_grad_norms=balance_grad_norms,
+        on_step=on_step,
         **_options(config, name=name, work_dir=work_dir, report=report, device=device),
     )
+
+
+def dtype_of(config: TrainSection) -> torch.dtype:
+    """The type a teacher computes in."""
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
 def require_window(model: PreTrainedModel, length: int, key: str) -> None:
@@ -122,7 +136,27 @@ def add_dropout(model: PreTrainedModel, probability: float) -> None:
         module.register_forward_hook(hook)
 
 
-def _task_loss_fn(model: PreTrainedModel) -> Callable[[losses.Batch], train.LossParts]:
+@contextmanager
+def quantization_warmup(model: PreTrainedModel, share: float) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for `train.fit` that raises the hardness of every BitLinear from 0 to 1 over `share` of the steps.
+
+    The lambda warm-up W + lambda (Q(W) - W). Afterwards the model is fully quantised. None where `share` is 0.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+
+    def on_step(step: int, num_steps: int) -> None:
+        hardness = min(1.0, (step + 1) / max(1, round(share * num_steps)))
+        for layer in layers:
+            layer.hardness = hardness
+
+    try:
+        yield on_step if share else None
+    finally:
+        for layer in layers:
+            layer.hardness = 1.0
+
+
+def _task_loss_fn(model: PreTrainedModel) -> train.LossFn:
     def loss_fn(batch: losses.Batch) -> train.LossParts:
         return {"task_loss": losses.task_loss(model, losses.hidden_states(model, batch), batch)}
 

@@ -1,0 +1,55 @@
+"""The outputs of a decoder's blocks, captured by hooks, and the distance between a student's and its teacher's."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitdistill_core.losses import Batch
+
+
+@contextmanager
+def captured_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that every forward pass inside the context fills with each block's output, (B, T, D)."""
+    outputs: list[Tensor] = []
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        outputs.clear()
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = model.get_decoder().layers
+    handles = [layers[0].register_forward_pre_hook(begin), *(layer.register_forward_hook(keep) for layer in layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_same_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises ValueError unless both have as many blocks and the same width."""
+    shapes = [(int(m.config.num_hidden_layers), int(m.config.hidden_size)) for m in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "hidden_kd_weight compares block with block: teacher and student need the same depth and width; got "
+            f"student={shapes[0]}, teacher={shapes[1]}; set hidden_kd_weight to 0"
+        )
+
+
+def hidden_kd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Relative squared distance of block outputs, () fp32: |h_s - h_t|^2 / |h_t|^2, mean over blocks and tokens.
+
+    Relative to each token, since some tokens of a language model have outputs hundreds of times the usual size.
+    """
+    is_token = batch.is_token
+    total = batch.lengths.new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.detach().float()
+        error = (ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_(min=1e-6)
+        total = total + (error * is_token).sum()
+    return total / (len(student) * batch.totals.num_tokens)

@@ -1,0 +1,230 @@
+"""One cell of the tables: its chain of stages, its result file, and what becomes of the checkpoints.
+
+Stages lie in a store, STORE/STAGE/RECIPE, where cells find each other's work: the recipe is a digest of the stage's
+parameters and of everything before it, without what is only the machine's (device, threads, where data lie). A result
+is finished when its file names the recipe that the plan asks for; checkpoints may be gone by then.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from bitdistill_core import __version__, checkpoint
+from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.config import Params
+from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
+from bitdistill_core.manifest import METRICS_LOG, Report, discard, execute, read_manifest
+from bitdistill_core.pipeline import prepare_runtime
+from bitdistill_core.report.weights import summarize
+from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
+from bitdistill_core.stages.data import examples_path, read_task
+from bitdistill_core.tables.plan import Cell, Plan
+
+CURVES = ("pretrain/loss", "distill/loss", "distill/task_loss", "teacher/loss")
+CURVE_POINTS = 100
+NO_PART_OF_A_RECIPE = {"data_root", "report_every", "checkpoint_every"}
+OFF = (0, None, "none", [])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a chain."""
+
+    name: str
+    stage: ModuleType
+    config: BaseModel
+    inputs: Mapping[str, "Step"] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> str:
+        """Digest of what the stage does, 16 hexadecimal digits."""
+        identity = [
+            self.name,
+            _switched_on(self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RECIPE)),
+            {key: step.recipe for key, step in self.inputs.items()},
+            __version__,
+        ]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def directory(self, store: Path) -> Path:
+        """Where its result lies."""
+        return store / self.name / self.recipe
+
+    def before(self) -> list["Step"]:
+        """Every step it needs, in the order to run them, each once, itself last."""
+        steps = [step for source in self.inputs.values() for step in source.before()]
+        return list({step.recipe: step for step in [*steps, self]}.values())
+
+
+def _switched_on(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without those that are off, so that a new option, off, does not make old results stale."""
+    return {
+        key: _switched_on(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value not in OFF
+    }
+
+
+def chain(plan: Plan, cell: Cell, *, data_root: str | None = None) -> Step:
+    """The last step of a cell: the one whose model is evaluated."""
+    params = plan.params(cell, data_root=data_root)
+    method = plan.methods[cell.method]
+    examples = Step("data", data, params.data)
+    # bases and continued pre-training know the corpus only, so every task shares them
+    general = Step("data", data, plan.params(_on_first_task(plan, cell), data_root=data_root).data)
+    dense = Step("base", base, params.base, {"data": general})
+    large, large_params = dense, params
+    if method.teacher_model is not None:
+        other = Cell(method.teacher_model, cell.task, "fp16_sft", cell.seed)
+        large_params = plan.params(other, data_root=data_root)
+        large = Step("base", base, large_params.base, {"data": general})
+    tuned = Step("teacher", teacher, large_params.teacher, {"model": large, "data": examples})
+    if method.result == "teacher":
+        return tuned
+    calibrated_on = examples if params.surgery.calibration == "examples" else general
+    if method.result == "ptq":
+        return Step("surgery", surgery, params.surgery, {"model": tuned, "data": calibrated_on})
+    operated = Step("surgery", surgery, params.surgery, {"model": dense, "data": calibrated_on})
+    trained = Step("pretrain", pretrain, params.pretrain, {"student": operated, "base": dense, "data": general})
+    config = params.distill
+    # fine-tuning without distillation needs no teacher: its recipe must not depend on one
+    guide = tuned if config.logits_kd_weight or config.attention_kd_weight or config.hidden_kd_weight else dense
+    return Step("distill", distill, config, {"student": trained, "teacher": guide, "data": examples})
+
+
+def _on_first_task(plan: Plan, cell: Cell) -> Cell:
+    return Cell(cell.model, next(iter(plan.scale.tasks)), cell.method, cell.seed)
+
+
+def result_path(results: Path, cell: Cell) -> Path:
+    """The result file of a cell."""
+    return results / "cells" / cell.path
+
+
+def read_result(results: Path, cell: Cell, last: Step) -> dict[str, Any] | None:
+    """The finished result of a cell; None where there is none, or one of other parameters."""
+    path = result_path(results, cell)
+    if not path.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ValueError(f"unreadable result path={path}; delete it and run the cell again") from None
+    return result if result.get("recipe") == last.recipe else None
+
+
+def run_cell(
+    plan: Plan, cell: Cell, *, store: Path, results: Path, data_root: str | None, report: Report = discard
+) -> dict[str, Any]:
+    """Runs what is missing of a cell's stages, evaluates its model and writes its result."""
+    last = chain(plan, cell, data_root=data_root)
+    done = read_result(results, cell, last)
+    if done is not None:
+        return done
+    params = plan.params(cell, data_root=data_root)
+    device = prepare_runtime(params.runtime)
+    seconds: dict[str, float] = {}
+    for step in [*Step("data", data, params.data).before(), *last.before()]:
+        directory = step.directory(store)
+        finished = execute(
+            step.name,
+            step.stage.run,
+            step.config,
+            step.stage.Inputs(**{name: source.directory(store) for name, source in step.inputs.items()}),
+            directory=directory,
+            work_root=store / ".work" / f"{step.name}-{step.recipe}",
+            sources=step.stage.sources(step.config) if hasattr(step.stage, "sources") else (),
+            report=report,
+            device=device,
+        )
+        seconds[step.name] = finished.seconds
+    result = {
+        "cell": vars(cell),
+        "recipe": last.recipe,
+        "seconds": seconds,
+        "device": str(device),
+        **_evaluate(last, store, params, device),
+        "curves": _curves(last, store),
+        "weights": _weights(last, store),
+    }
+    path = result_path(results, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result) + "\n")
+    os.replace(temporary, path)
+    return result
+
+
+def discard_checkpoints(plan: Plan, store: Path, finished: list[Cell], pending: list[Cell]) -> None:
+    """Deletes the models in the store that finished cells made and no pending cell needs. Data and bases stay."""
+    needed = {step.recipe for cell in pending for step in chain(plan, cell).before()}
+    for cell in finished:
+        for step in chain(plan, cell).before():
+            if step.name not in ("data", "base") and step.recipe not in needed:
+                shutil.rmtree(step.directory(store), ignore_errors=True)
+
+
+def _evaluate(last: Step, store: Path, params: Params, device: torch.device) -> dict[str, Any]:
+    directory = Step("data", data, params.data).directory(store)
+    task = read_task(directory)
+    split = task.eval_splits[0]
+    model, tokenizer = checkpoint.load_model(last.directory(store))
+    scorer = TorchScorer(model, tokenizer, batch_size=params.evaluate.batch_size, device=device)
+    found = score_examples(
+        scorer,
+        is_generation=task.kind == "generation",
+        examples=examples_path(directory, split),
+        max_new_tokens=params.evaluate.max_new_tokens,
+        name=f"{task.name} {split}",
+    )
+    out: dict[str, Any] = {"split": split, "num_examples": found.num_examples, "metrics": found.metrics}
+    if task.kind == "classification":
+        out["ci_low"], out["ci_high"] = wilson_interval(found.metrics["accuracy"], found.num_examples)
+        out["labels"] = [line["label"] for line in found.predictions]
+        out["predictions"] = [line["prediction"] for line in found.predictions]
+    else:
+        out["scores"] = [line["scores"] for line in found.predictions]
+    return out
+
+
+def _curves(last: Step, store: Path) -> dict[str, list[tuple[int, float]]]:
+    """The loss curves of every training stage of the chain, thinned to CURVE_POINTS averages."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step in last.before():
+        path = step.directory(store) / METRICS_LOG
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for name in CURVES:
+            points = [(int(line["step"]), float(line[name])) for line in lines if name in line]
+            size = max(1, -(-len(points) // CURVE_POINTS))
+            groups = [points[i : i + size] for i in range(0, len(points), size)]
+            if groups:
+                curves[name] = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+    return curves
+
+
+def _weights(last: Step, store: Path) -> dict[str, Any]:
+    """Where the latent weights lie after surgery, continued pre-training and distillation (BitDistill figure 2)."""
+    out: dict[str, Any] = {}
+    for step in last.before():
+        directory = step.directory(store)
+        if step.name not in ("surgery", "pretrain", "distill"):
+            continue
+        read_manifest(directory)
+        model, _ = checkpoint.load_model(directory)
+        modules = [name for name, module in model.named_modules() if isinstance(module, BitLinear)]
+        summary = summarize(directory / checkpoint.WEIGHTS, modules)
+        out[step.name] = {
+            "density": [round(value, 5) for value in summary.density],
+            "code_shares": summary.code_shares,
+            "near_share": summary.near_share,
+        }
+    return out

@@ -1,0 +1,164 @@
+"""Which cells make up the tables: tables/methods.yaml says what each method is, tables/SCALE.yaml how large it is run.
+
+A cell is one model, trained for one task by one method with one seed. Its parameters are params.yaml, then what the
+scale, the model, the task and the method change, in that order; a seed is that of fine-tuning and distillation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bitdistill_core.config import Params, Section, merged, read_yaml, validated
+
+GROUPS = ("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c", "options")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result of a table."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """MODEL/TASK/METHOD/seedN.json, below the folder of cells."""
+        return Path(self.model, self.task, self.method, f"seed{self.seed}.json")
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.task} {self.method} seed={self.seed}"
+
+
+class Method(Section):
+    """How a cell is trained, as changes of params.yaml."""
+
+    label: str
+    result: Literal["teacher", "ptq", "student"] = "student"  # ptq: the teacher, quantised and not trained again
+    teacher_model: str | None = None  # the model whose teacher distils; null: the cell's own
+    params: dict[str, Any] = {}
+
+
+class Model(Section):
+    """A base model of a scale."""
+
+    label: str
+    stands_for: str | None = None  # the model of the paper's tables that it is shown beside
+    params: dict[str, Any] = {}
+
+
+class Task(Section):
+    """A task of a scale."""
+
+    label: str
+    params: dict[str, Any] = {}
+
+
+class Group(Section):
+    """Every combination of these is a cell."""
+
+    models: list[str] = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1)
+    methods: list[str] = Field(min_length=1)
+    seeds: list[int] | None = None  # null: the scale's
+
+
+class Scale(Section):
+    """tables/SCALE.yaml."""
+
+    description: str
+    seeds: list[int] = Field(min_length=1)
+    params: dict[str, Any]
+    models: dict[str, Model]
+    tasks: dict[str, Task]
+    methods: dict[str, Method] = {}  # in addition to tables/methods.yaml
+    groups: dict[str, Group]  # in the order of their worth
+
+
+class Methods(Section):
+    """tables/methods.yaml."""
+
+    methods: dict[str, Method]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of one scale and their parameters."""
+
+    name: str
+    scale: Scale
+    methods: Mapping[str, Method]
+    defaults: Mapping[str, Any]  # params.yaml
+
+    def cells(self, groups: Sequence[str] | None = None) -> list[Cell]:
+        """The cells of the groups (None: all), each once. Every seed but the first comes after all first seeds."""
+        cells = [
+            Cell(model, task, method, seed)
+            for name, group in self.scale.groups.items()
+            if groups is None or name in groups
+            for seed, task, model, method in product(
+                group.seeds or self.scale.seeds, group.tasks, group.models, group.methods
+            )
+        ]
+        rank = {seed: index for index, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
+        return sorted(dict.fromkeys(cells), key=lambda cell: rank[cell.seed])
+
+    def params(self, cell: Cell, *, data_root: str | None = None) -> Params:
+        """The parameters of a cell.
+
+        Raises:
+            ValueError: a wrong key or value; names the cell.
+        """
+        changes = (
+            self.scale.params,
+            self.scale.models[cell.model].params,
+            self.scale.tasks[cell.task].params,
+            self.methods[cell.method].params,
+            {"teacher": {"seed": cell.seed}, "distill": {"seed": cell.seed}},
+        )
+        values = dict(self.defaults)
+        for change in changes:
+            values = merged(values, change)
+        if data_root is not None:
+            values = merged(values, {"data": {"data_root": data_root}})
+        try:
+            return validated(Params, values)
+        except ValueError as error:
+            raise ValueError(f"cell {cell}: {error}") from None
+
+
+def list_scales(folder: Path) -> list[str]:
+    """The scales that the folder defines."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "methods")
+
+
+def read_plan(folder: Path, scale: str, params_file: Path) -> Plan:
+    """The plan of a scale, every cell's parameters checked.
+
+    Raises:
+        ValueError: an unknown scale, model, task or method, or wrong parameters.
+    """
+    if scale not in list_scales(folder):
+        raise ValueError(f"unknown scale={scale}; {folder} defines {', '.join(list_scales(folder)) or 'none'}")
+    definition = validated(Scale, read_yaml(folder / f"{scale}.yaml"))
+    methods = {**validated(Methods, read_yaml(folder / "methods.yaml")).methods, **definition.methods}
+    plan = Plan(scale, definition, methods, read_yaml(params_file))
+    for name, group in definition.groups.items():
+        if name not in GROUPS:
+            raise ValueError(f"unknown group={name} in scale={scale}; the groups are {', '.join(GROUPS)}")
+        known = {"models": definition.models, "tasks": definition.tasks, "methods": methods}
+        for kind, names in known.items():
+            for entry in getattr(group, kind):
+                if entry not in names:
+                    raise ValueError(f"group={name} names an unknown entry of {kind}: {entry}; there are {list(names)}")
+    for cell in plan.cells():
+        teacher = methods[cell.method].teacher_model
+        if teacher is not None and teacher not in definition.models:
+            raise ValueError(f"method={cell.method} has an unknown teacher_model={teacher}")
+        plan.params(cell)
+    return plan

@@ -1,0 +1,134 @@
+"""The tables and figures of a scale as files: CSV and Markdown for tables, CSV and PNG for figures.
+
+RESULTS/table1.csv, .md, ... figure1.csv, .png, ..., paired.csv, and README.md, which shows everything in one place.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitdistill_core.tables import figures
+from bitdistill_core.tables.plan import Cell, Plan
+from bitdistill_core.tables.results import (
+    COLUMNS,
+    PAIRED_COLUMNS,
+    Results,
+    Row,
+    collect,
+    compare,
+    read_paper,
+    table_rows,
+    write_rows,
+)
+
+TITLES = {
+    "table1": "Table 1: text classification",
+    "table2": "Table 2: summarisation",
+    "table3": "Table 3: backbones",
+    "table4": "Table 4: weight quantisers",
+    "table5": "Table 5: the stages",
+    "table6": "Table 6: the distillation terms",
+    "figure3b": "Figure 3b: the distilled layer",
+    "figure3c": "Figure 3c: the size of the teacher",
+    "options": "Options beyond the paper's tables",
+}
+REFERENCES = ("fp16_sft", "bitnet_sft", "bitdistill")  # what every method is compared with
+
+
+def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
+    """Writes every table and figure of the plan that has results; returns the cells that are missing."""
+    found = collect(plan, results)
+    paper = read_paper(paper_file)
+    missing = [str(cell) for cell in plan.cells() if cell not in found]
+    rows = {group: table_rows(plan, group, found, paper) for group in plan.scale.groups}
+    parts = [f"# {plan.scale.description}", _progress(plan, found, missing)]
+    for group, table in rows.items():
+        write_rows(results / f"{group}.csv", COLUMNS, [row.values() for row in table])
+        text = _markdown(plan, table)
+        (results / f"{group}.md").write_text(f"# {TITLES[group]}\n\n{text}\n")
+        parts += [f"## {TITLES[group]}", text]
+    paired = _comparisons(plan, found)
+    write_rows(results / "paired.csv", PAIRED_COLUMNS, [[_short(row[key]) for key in PAIRED_COLUMNS] for row in paired])
+    parts += ["## Paired comparisons", _paired_markdown(plan, paired)]
+    parts.append("## Figures")
+    parts += [f"![{name}]({name}.png)" for name in figures.draw(plan, rows, found, results)]
+    if missing:
+        parts += ["## Missing cells", "\n".join(f"- {cell}" for cell in missing)]
+    (results / "README.md").write_text("\n\n".join(parts) + "\n")
+    return missing
+
+
+def _progress(plan: Plan, found: Results, missing: Sequence[str]) -> str:
+    seconds = sum(sum(result["seconds"].values()) for result in found.values())
+    devices = ", ".join(sorted({str(result["device"]) for result in found.values()})) or "none yet"
+    return (
+        f"{len(found)} of {len(found) + len(missing)} cells are there (device: {devices}; the stages took "
+        f"{seconds / 3600:.1f} hours, shared ones counted for each cell). Accuracy and ROUGE in percent. Intervals are "
+        "95%, bootstrapped over examples and seeds; spread is the standard deviation over seeds. `paper` is what the "
+        "paper reports for the model in brackets: a far larger model on all of the data, so compare the differences "
+        "between methods, not the levels."
+    )
+
+
+def _markdown(plan: Plan, rows: Sequence[Row]) -> str:
+    lines = [
+        "| method | model | task | metric | seeds | mean | spread | 95% interval | paper |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        model = plan.scale.models[row.model]
+        name = f"{model.label} [{model.stands_for}]" if row.paper is not None else model.label
+        mean = "missing" if row.mean is None else f"{row.mean:.2f}"
+        interval = "" if row.ci_low is None else f"{row.ci_low:.1f} to {row.ci_high:.1f}"
+        seeds = " ".join(map(str, row.seeds)) + (f" (missing {' '.join(map(str, row.missing))})" if row.missing else "")
+        cells = (
+            plan.methods[row.method].label,
+            name,
+            plan.scale.tasks[row.task].label,
+            row.metric,
+            seeds,
+            mean,
+            "" if row.spread is None else f"{row.spread:.2f}",
+            interval,
+            "" if row.paper is None else f"{row.paper:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _comparisons(plan: Plan, found: Results) -> list[dict[str, Any]]:
+    """Every method against the references on its model and task, each pair once."""
+    out: dict[tuple[str, ...], dict[str, Any]] = {}
+    for cell in found:
+        for reference in REFERENCES:
+            key = (cell.method, reference, cell.model, cell.task)
+            if cell.method == reference or key in out or (reference, cell.method, *key[2:]) in out:
+                continue
+            pair = compare(found, cell, Cell(cell.model, cell.task, reference, cell.seed), _seeds(found, cell))
+            if pair is not None:
+                out[key] = pair
+    return list(out.values())
+
+
+def _seeds(found: Results, cell: Cell) -> list[int]:
+    same = (cell.model, cell.task, cell.method)
+    return sorted(other.seed for other in found if (other.model, other.task, other.method) == same)
+
+
+def _paired_markdown(plan: Plan, paired: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| first | minus second | model | task | seeds | examples | points | 95% interval | McNemar p, first seed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in paired:
+        p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3g}"
+        lines.append(
+            f"| {plan.methods[row['first']].label} | {plan.methods[row['second']].label} "
+            f"| {plan.scale.models[row['model']].label} | {plan.scale.tasks[row['task']].label} | {row['seeds']} "
+            f"| {row['num_examples']} | {row['difference']:+.2f} | {row['ci_low']:+.1f} to {row['ci_high']:+.1f} | {p} |"
+        )
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
