@@ -1,0 +1,311 @@
+"""Calibration: a student's SubLN gains and latent weights before any training, from a few sequences of text.
+
+Gains first, in the float network. Then the weights, decoder block after decoder block, so that each is calibrated on
+what the quantised ones before it put out; in a block first query, key and value, then the attention's output, gate and
+up, down. It starts a student, or ends one as post-training quantisation.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.progress import progress_bar
+from bitdistill_core.quantize.awq import channel_scale, fold
+from bitdistill_core.quantize.gptq import gptq
+from bitdistill_core.quantize.latent import latent_weight
+from bitdistill_core.quantize.weight import fake_quantize_weight
+
+# Linears of a decoder block that read the same tensor, in the order of the computation.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative error of a layer's output, ||X W^T - Xq Wq^T||^2 / ||X W^T||^2 over the calibration tokens.
+
+    X is the layer's input after its SubLN, Xq that input in INT8, both behind the quantised blocks before.
+    """
+
+    module: str  # its name in the model
+    relative_error_before: float  # Wq by absmean from the dense W, after the gain is set
+    relative_error_after: float
+
+
+@torch.no_grad()
+def calibrate(
+    student: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    subln_gain: Literal["one", "preserve"],
+    initializer: Literal["none", "gptq", "awq"],
+    batch_size: int = 8,
+) -> list[LayerError]:
+    """Sets a student's SubLN gains and latent weights in place; returns each layer's error before and after.
+
+    `preserve` gives every SubLN the gain that changes its input least (`preserving_gain`) while nothing is quantised:
+    with gain 1 it is no identity, since it rescales what it norms. (In Gemma3 a norm behind each output projection
+    undoes that, and gain 1 keeps the function of `subln: output` exactly.) Without SubLN there is no gain to set.
+
+    `gptq` moves the latent weights to where they quantise to GPTQ's codes and scale. `awq` scales input channels and
+    folds the inverse into the norm before: a projection's own SubLN, else the block's norm before attention or MLP, in
+    common for all projections behind it. `o_proj` and `down_proj` without SubLN follow no norm, and AWQ leaves them.
+
+    Args:
+        student: after `surgery.operate`, gains 1 and latent weights those of the dense model, fp32, on any device.
+        input_ids: (S, T) int64, sequences of one length without padding.
+    Returns:
+        one for each BitLinear in the order of the computation; none with the initializer `none`.
+    Raises:
+        ValueError: `input_ids` of another shape or dtype, or empty.
+    """
+    if subln_gain == "one" and initializer == "none":
+        return []
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        raise ValueError(
+            "calibration needs token ids (sequences, tokens) in int64; got "
+            f"shape={tuple(input_ids.shape)}, dtype={input_ids.dtype}; stack sequences of one length"
+        )
+    batches = input_ids.to(student.device).split(batch_size)
+    was_training = student.training
+    student.eval()
+    try:
+        if subln_gain == "preserve":
+            _set_gains(student, batches)
+        return [] if initializer == "none" else _initialize(student, batches, initializer)
+    finally:
+        student.train(was_training)
+
+
+def preserving_gain(inputs: Iterable[Tensor], eps: float) -> Tensor:
+    """The gain (K,) with which RMSNorm changes its input least, in least squares over the tokens of `inputs`.
+
+    g_c = E[x_c n_c] / E[n_c^2], n = x / sqrt(mean(x^2) + eps). A channel that is always zero gets the mean gain of the
+    others, or 1 if all are.
+
+    Args:
+        inputs: batches (tokens, K).
+    """
+    product, square = torch.zeros(()), torch.zeros(())
+    for x in inputs:
+        x = x.float()
+        normed = F.rms_norm(x, x.shape[-1:], eps=eps)
+        product = product.to(x.device) + (x * normed).double().sum(dim=0)
+        square = square.to(x.device) + normed.double().square().sum(dim=0)
+    alive = square > 0
+    gain = product / square.clamp(min=torch.finfo(torch.float64).tiny)
+    others = gain[alive].mean() if alive.any() else torch.ones_like(gain[0])
+    return torch.where(alive, gain, others).float()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears of a block that are treated together, with the norm whose output only they read."""
+
+    linears: dict[str, nn.Module]  # by name in the block; what surgery skipped too
+    norm: nn.Module | None
+    norm_offset: float  # the norm multiplies by norm_offset + weight
+
+    @property
+    def bit_linears(self) -> dict[str, BitLinear]:
+        return {name: linear for name, linear in self.linears.items() if isinstance(linear, BitLinear)}
+
+
+def _groups(block: nn.Module, norm_offset: float) -> Iterator[_Group]:
+    """Linears behind one norm of the block; each alone where it has a norm of its own."""
+    before_mlp = (
+        "pre_feedforward_layernorm" if hasattr(block, "pre_feedforward_layernorm") else "post_attention_layernorm"
+    )
+    norms = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": before_mlp}
+    for names in GROUPS:
+        linears = {name: block.get_submodule(name) for name in names}
+        shared = []
+        for name, linear in linears.items():
+            if isinstance(linear, BitLinear) and linear.input_norm is not None:
+                yield _Group({name: linear}, linear.input_norm, 0.0)
+            else:
+                shared.append(name)
+        norm = block.get_submodule(norms[names[0]]) if names[0] in norms and len(shared) == len(names) else None
+        group = _Group({name: linears[name] for name in shared}, norm, norm_offset)
+        if group.bit_linears:
+            yield group
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Sums over the calibration tokens of what a BitLinear multiplies: x after its SubLN and xq, x in INT8."""
+
+    exact: Tensor  # (K, K), of x x^T
+    cross: Tensor  # (K, K), of x xq^T
+    quantized: Tensor  # (K, K), of xq xq^T; GPTQ's Hessian
+    mean_magnitude: Tensor  # (K,), mean of |x|
+
+    @classmethod
+    def gather(cls, linear: BitLinear, inputs: Iterable[Tensor]) -> "_Statistics":
+        shape, device = (linear.in_features, linear.in_features), linear.weight.device
+        exact, cross, quantized = (torch.zeros(shape, device=device) for _ in range(3))
+        magnitude, num_tokens = torch.zeros(linear.in_features, dtype=torch.float64, device=device), 0
+        for x in inputs:
+            x_quantized = linear.quantized_input(x).float()
+            x = (x if linear.input_norm is None else linear.input_norm(x)).float()
+            exact.addmm_(x.T, x)
+            cross.addmm_(x.T, x_quantized)
+            quantized.addmm_(x_quantized.T, x_quantized)
+            magnitude += x.abs().double().sum(dim=0)
+            num_tokens += len(x)
+        return cls(exact, cross, quantized, (magnitude / num_tokens).float())
+
+    def relative_error(self, weight: Tensor, quantized_weight: Tensor) -> float:
+        """||X W^T - Xq Wq^T||^2 / ||X W^T||^2; 0 for an output that is 0."""
+        output = ((weight @ self.exact) * weight).sum()
+        product = ((weight @ self.cross) * quantized_weight).sum()
+        quantized = ((quantized_weight @ self.quantized) * quantized_weight).sum()
+        return float((output - 2 * product + quantized) / output) if output > 0 else 0.0
+
+
+def _set_gains(student: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Every SubLN's gain in the order of the computation, with the float weights and inputs of the latent network."""
+    layers = [layer for layer in student.modules() if isinstance(layer, BitLinear)]
+    hardness = [layer.hardness for layer in layers]
+    for layer in layers:
+        layer.hardness = 0.0
+    try:
+        passage = _Passage.begin(student, batches)
+        for _ in passage.blocks("SubLN gains"):
+            for group in passage.groups():
+                for layer in group.bit_linears.values():
+                    if layer.input_norm is not None:
+                        eps = layer.input_norm.eps
+                        assert eps is not None  # surgery sets it
+                        layer.input_norm.weight.copy_(preserving_gain(passage.inputs_of(layer), eps))
+    finally:
+        for layer, value in zip(layers, hardness, strict=True):
+            layer.hardness = value
+
+
+def _initialize(
+    student: PreTrainedModel, batches: Sequence[Tensor], initializer: Literal["gptq", "awq"]
+) -> list[LayerError]:
+    """Every group's latent weights in the order of the computation."""
+    passage = _Passage.begin(student, batches)
+    errors = []
+    for index in passage.blocks(initializer):
+        for group in passage.groups():
+            for error in _initialize_group(passage, group, initializer):
+                errors.append(replace(error, module=f"model.layers.{index}.{error.module}"))
+    return errors
+
+
+def _initialize_group(passage: "_Passage", group: _Group, initializer: Literal["gptq", "awq"]) -> list[LayerError]:
+    """Moves the latent weights of a group; the errors name its layers as the block does."""
+    layers = group.bit_linears
+    first = next(iter(layers.values()))
+    statistics = _Statistics.gather(first, passage.inputs_of(first))
+    dense = {name: layer.weight.clone() for name, layer in layers.items()}
+    before = {name: _error(statistics, weight, layers[name]) for name, weight in dense.items()}
+    if initializer == "gptq":
+        for layer in layers.values():
+            codes, scale = gptq(layer.weight, statistics.quantized, layer.quantizer)
+            layer.weight.copy_(latent_weight(layer.weight, codes, scale, layer.quantizer))
+    elif group.norm is not None:
+        s = channel_scale(list(dense.values()), statistics.exact, statistics.mean_magnitude, first.quantizer)
+        fold(s, group.linears.values(), group.norm, norm_offset=group.norm_offset)
+        dense = {name: layer.weight.clone() for name, layer in layers.items()}
+        statistics = _Statistics.gather(first, passage.inputs_of(first))
+    return [LayerError(name, before[name], _error(statistics, dense[name], layer)) for name, layer in layers.items()]
+
+
+def _error(statistics: _Statistics, dense: Tensor, layer: BitLinear) -> float:
+    return statistics.relative_error(dense, fake_quantize_weight(layer.weight, layer.quantizer))
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the module whose input is wanted."""
+
+
+@dataclass
+class _Passage:
+    """The calibration sequences on their way through the decoder: the hidden states before block `index`."""
+
+    decoder_blocks: Sequence[nn.Module]
+    norm_offset: float
+    hidden: list[Tensor]  # batches (B, T, D)
+    keywords: dict[int, list[dict[str, Any]]]  # by B, then block: masks and rotary embeddings, which differ by block
+    index: int = 0
+
+    @classmethod
+    def begin(cls, student: PreTrainedModel, batches: Iterable[Tensor]) -> "_Passage":
+        """Runs each batch (B, T) to the first block, and the first batch of each size B through all of them."""
+        decoder = student.get_decoder()
+        norm_offset = 1.0 if student.config.model_type == "gemma3_text" else 0.0
+        passage = cls(list(decoder.layers), norm_offset, [], {})
+        for batch in batches:
+            passage._enter(decoder, batch)
+        return passage
+
+    def blocks(self, name: str) -> Iterator[int]:
+        """The index of each block in turn, behind a progress bar; the sequences pass it when the next is asked for."""
+        with progress_bar(name, total=len(self.decoder_blocks), unit="block") as bar:
+            while self.index < len(self.decoder_blocks):
+                yield self.index
+                for batch, states in enumerate(self.hidden):
+                    self.hidden[batch] = self._run(states)
+                self.index += 1
+                bar.update()
+
+    def groups(self) -> Iterator[_Group]:
+        """The linears of the present block that are treated together, in the order of the computation."""
+        return _groups(self.decoder_blocks[self.index], self.norm_offset)
+
+    def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
+        """What reaches `module` of the present block, a batch at a time: (B * T, K)."""
+        reached: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor]) -> None:
+            reached.append(args[0])
+            raise _Reached
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            for states in self.hidden:
+                try:
+                    self._run(states)
+                except _Reached:
+                    yield reached.pop().flatten(0, 1)
+        finally:
+            handle.remove()
+
+    def _enter(self, decoder: nn.Module, batch: Tensor) -> None:
+        is_known = len(batch) in self.keywords
+        seen: list[dict[str, Any]] = []
+
+        def record(block: nn.Module, args: tuple[Tensor], keywords: dict[str, Any]) -> None:
+            if block is self.decoder_blocks[0]:
+                self.hidden.append(args[0])
+            seen.append(keywords)
+            if is_known:
+                raise _Reached
+
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.decoder_blocks]
+        try:
+            decoder(input_ids=batch, use_cache=False)
+            self.keywords[len(batch)] = seen
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, states: Tensor) -> Tensor:
+        output: Tensor = self.decoder_blocks[self.index](states, **self.keywords[len(states)][self.index])
+        return output
