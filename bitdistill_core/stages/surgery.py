@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
+from bitdistill_core.calibration import calibrate
 from bitdistill_core.config import SurgeryConfig
 from bitdistill_core.corpus import sample_sequences
 from bitdistill_core.manifest import Metrics, Report
@@ -68,8 +69,6 @@ def _calibrate(
     out_dir: Path,
     device: torch.device,
 ) -> Metrics:
-    from bitdistill_core.calibration import calibrate
-
     require_window(model, config.calibration_length, "surgery.calibration_length")
     is_corpus = config.calibration == "corpus"
     input_ids = sample_sequences(
