@@ -162,7 +162,8 @@ class PretrainConfig(BlocksSection, StudentTraining):
     def _something_to_learn(self) -> "PretrainConfig":
         if not self.task_loss_weight and not self.logits_kd_weight and not self.hidden_kd_weight:
             raise ValueError(
-                "pretrain needs a loss: one of task_loss_weight, logits_kd_weight, hidden_kd_weight above 0"
+                "pretrain needs a loss: one of task_loss_weight, logits_kd_weight and hidden_kd_weight above 0; "
+                "got 0 for each"
             )
         return self
 

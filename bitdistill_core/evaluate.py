@@ -195,7 +195,8 @@ def score_examples(
         for index, log_prob in scorer.score(requests):
             scores[index] = log_prob
             bar.update()
-    predictions, begin = [], 0
+    predictions: list[dict[str, Any]] = []
+    begin = 0
     for index, row in enumerate(rows):
         own = scores[begin : begin + len(row["choices"])]
         begin += len(row["choices"])

@@ -1,7 +1,8 @@
 """Stage 3 of BitDistill, `distill`: the fine-tuned teacher distilled into the ternary student (Eq. 13).
 
 loss = task_loss + logits_kd_weight * logits_kd + attention_kd_weight * attention_kd, and optionally the distance of
-the blocks' outputs. The teacher runs live, without gradient; where every weight is 0 there is none. Embedding and head of the result are rounded to the INT8 grid of the packed file.
+the blocks' outputs. The teacher runs live, without gradient; where every weight is 0 there is none. Embedding and head
+of the result are rounded to the INT8 grid of the packed file.
 """
 
 from collections.abc import Sequence

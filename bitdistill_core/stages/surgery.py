@@ -1,4 +1,4 @@
-"""Stage 1 of BitDistill, `surgery`: the base model with SubLN and BitLinear, calibrated where the parameters ask for it.
+"""Stage 1 of BitDistill, `surgery`: the base model with SubLN and BitLinear, calibrated where that is asked for.
 
 Writes the student, surgery.json and, after calibration, calibration.json.
 """

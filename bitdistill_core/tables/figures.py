@@ -1,4 +1,4 @@
-"""The paper's figures from the results of a scale: 1 (model size), 2 (weights), 3a (SubLN), 3b (layer), 3c (teacher)."""
+"""The paper's figures from a scale's results: 1 (model size), 2 (weights), 3a (SubLN), 3b (layer), 3c (teacher)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -41,7 +41,7 @@ class Method(Section):
     label: str
     result: Literal["teacher", "ptq", "student"] = "student"  # ptq: the teacher, quantised and not trained again
     teacher_model: str | None = None  # the model whose teacher distils; null: the cell's own
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class Model(Section):
@@ -49,14 +49,14 @@ class Model(Section):
 
     label: str
     stands_for: str | None = None  # the model of the paper's tables that it is shown beside
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class Task(Section):
     """A task of a scale."""
 
     label: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class Group(Section):
@@ -76,7 +76,7 @@ class Scale(Section):
     params: dict[str, Any]
     models: dict[str, Model]
     tasks: dict[str, Task]
-    methods: dict[str, Method] = {}  # in addition to tables/methods.yaml
+    methods: dict[str, Method] = Field(default_factory=dict)  # in addition to tables/methods.yaml
     groups: dict[str, Group]  # in the order of their worth
 
 
@@ -151,11 +151,17 @@ def read_plan(folder: Path, scale: str, params_file: Path) -> Plan:
     for name, group in definition.groups.items():
         if name not in GROUPS:
             raise ValueError(f"unknown group={name} in scale={scale}; the groups are {', '.join(GROUPS)}")
-        known = {"models": definition.models, "tasks": definition.tasks, "methods": methods}
+        known: dict[str, list[str]] = {
+            "models": list(definition.models),
+            "tasks": list(definition.tasks),
+            "methods": list(methods),
+        }
         for kind, names in known.items():
             for entry in getattr(group, kind):
                 if entry not in names:
-                    raise ValueError(f"group={name} names an unknown entry of {kind}: {entry}; there are {list(names)}")
+                    raise ValueError(
+                        f"group={name} names an unknown entry of {kind}: {entry}; there are {', '.join(known[kind])}"
+                    )
     for cell in plan.cells():
         teacher = methods[cell.method].teacher_model
         if teacher is not None and teacher not in definition.models:

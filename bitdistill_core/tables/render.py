@@ -125,7 +125,8 @@ def _paired_markdown(plan: Plan, paired: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {plan.methods[row['first']].label} | {plan.methods[row['second']].label} "
             f"| {plan.scale.models[row['model']].label} | {plan.scale.tasks[row['task']].label} | {row['seeds']} "
-            f"| {row['num_examples']} | {row['difference']:+.2f} | {row['ci_low']:+.1f} to {row['ci_high']:+.1f} | {p} |"
+            f"| {row['num_examples']} | {row['difference']:+.2f} "
+            f"| {row['ci_low']:+.1f} to {row['ci_high']:+.1f} | {p} |"
         )
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Rows of the tables from result files: means over seeds, 95% intervals, paired comparisons. Missing cells stay visible.
+"""Rows of the tables from result files: means over seeds, 95% intervals, paired comparisons. Missing cells show.
 
 Intervals are percentile bootstraps over examples and, where there are several, over seeds.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,8 @@ def compare(results: Results, first: Cell, second: Cell, seeds: Sequence[int]) -
 
     McNemar's p is of the first seed: its test is for one pair of models.
     """
-    pairs = [
-        (_with_seed(results, first, seed), _with_seed(results, second, seed))
-        for seed in seeds
-        if _with_seed(results, first, seed) and _with_seed(results, second, seed)
-    ]
+    both = [(results.get(replace(first, seed=seed)), results.get(replace(second, seed=seed))) for seed in seeds]
+    pairs = [(x, y) for x, y in both if x is not None and y is not None]
     if not pairs:
         return None
     a, b = _scores([x for x, _ in pairs], None), _scores([y for _, y in pairs], None)
@@ -128,10 +125,6 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
-
-
-def _with_seed(results: Results, cell: Cell, seed: int) -> dict[str, Any] | None:
-    return results.get(Cell(cell.model, cell.task, cell.method, seed))
 
 
 def _row(cell: Cell, metric: str, done: Mapping[int, dict[str, Any]], seeds: Sequence[int], paper: float | None) -> Row:

@@ -1,4 +1,4 @@
-"""Weight quantisers against BitDistill Eq. 1-2 and BitNet (2310.11453) Eq. 1-3, with one scale a tensor, row or block."""
+"""Weight quantisers against BitDistill Eq. 1-2 and BitNet (2310.11453) Eq. 1-3, a scale a tensor, row or block."""
 
 import pytest
 import torch
