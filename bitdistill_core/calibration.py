@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.progress import progress_bar
-from bitdistill_core.quantize.awq import channel_scale, fold
+from bitdistill_core.quantize.awq import channel_scale, clipped_codes, fold
 from bitdistill_core.quantize.gptq import gptq
 from bitdistill_core.quantize.latent import latent_weight
 from bitdistill_core.quantize.weight import fake_quantize_weight
@@ -59,7 +59,8 @@ def calibrate(
 
     `gptq` moves the latent weights to where they quantise to GPTQ's codes and scale. `awq` scales input channels and
     folds the inverse into the norm before: a projection's own SubLN, else the block's norm before attention or MLP, in
-    common for all projections behind it. `o_proj` and `down_proj` without SubLN follow no norm, and AWQ leaves them.
+    common for all projections behind it. `o_proj` and `down_proj` without SubLN follow no norm and are not scaled. Then
+    it moves each latent weight to AWQ's clipped codes and scale, if that leaves less error than absmean.
 
     Args:
         student: after `surgery.operate`, gains 1 and latent weights those of the dense model, fp32, on any device.
@@ -211,22 +212,29 @@ def _initialize_group(passage: "_Passage", group: _Group, initializer: Literal["
     layers = group.bit_linears
     first = next(iter(layers.values()))
     statistics = _Statistics.gather(first, passage.inputs_of(first))
-    dense = {name: layer.weight.clone() for name, layer in layers.items()}
-    before = {name: _error(statistics, weight, layers[name]) for name, weight in dense.items()}
-    if initializer == "gptq":
-        for layer in layers.values():
-            codes, scale = gptq(layer.weight, statistics.quantized, layer.quantizer)
-            layer.weight.copy_(latent_weight(layer.weight, codes, scale, layer.quantizer))
-    elif group.norm is not None:
-        s = channel_scale(list(dense.values()), statistics.exact, statistics.mean_magnitude, first.quantizer)
+    before = {name: _error(statistics, layer.weight, layer.weight, layer) for name, layer in layers.items()}
+    if initializer == "awq" and group.norm is not None:
+        weights = [layer.weight for layer in layers.values()]
+        s = channel_scale(weights, statistics.exact, statistics.mean_magnitude, first.quantizer)
         fold(s, group.linears.values(), group.norm, norm_offset=group.norm_offset)
-        dense = {name: layer.weight.clone() for name, layer in layers.items()}
         statistics = _Statistics.gather(first, passage.inputs_of(first))
-    return [LayerError(name, before[name], _error(statistics, dense[name], layer)) for name, layer in layers.items()]
+    errors = []
+    for name, layer in layers.items():
+        dense = layer.weight.clone()
+        if initializer == "gptq":
+            codes, scale = gptq(dense, statistics.quantized, layer.quantizer)
+        else:
+            codes, scale = clipped_codes(dense, statistics.exact, layer.quantizer)
+        latent = latent_weight(dense, codes, scale, layer.quantizer)
+        error, absmean_error = (_error(statistics, dense, weight, layer) for weight in (latent, dense))
+        if initializer == "gptq" or error < absmean_error:
+            layer.weight.copy_(latent)
+        errors.append(LayerError(name, before[name], _error(statistics, dense, layer.weight, layer)))
+    return errors
 
 
-def _error(statistics: _Statistics, dense: Tensor, layer: BitLinear) -> float:
-    return statistics.relative_error(dense, fake_quantize_weight(layer.weight, layer.quantizer))
+def _error(statistics: _Statistics, dense: Tensor, latent: Tensor, layer: BitLinear) -> float:
+    return statistics.relative_error(dense, fake_quantize_weight(latent, layer.quantizer))
 
 
 class _Reached(Exception):

@@ -4,6 +4,8 @@ BitDistill's Table 4 names a variant GPTQ, but the authors' code for it is a res
 calibration data or Hessian. This is the real one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,15 @@ def gptq(
 
 
 @torch.no_grad()
-def searched_scale(weight: Tensor, importance: Tensor, quantizer: WeightQuantizer) -> Tensor:
+def searched_scale(
+    weight: Tensor,
+    importance: Tensor,
+    quantizer: WeightQuantizer,
+    multipliers: Sequence[float] = SCALE_MULTIPLIERS,
+) -> Tensor:
     """The multiple of the absmean scale that rounds each group best, shaped as `weight_scale` shapes it.
 
-    Of 33 multiples from 0.6 to 2.2 the one with the least sum of importance * (w - scale * code)^2, code the nearest.
+    Of `multipliers` the one with the least sum of importance * (w - scale * code)^2, code the nearest.
     `importance` (K,) is the diagonal of the Hessian. Absmean itself is among them. On the ternary grid absmean is
     far from the least-squares scale, and with it GPTQ leaves about twice the error.
     """
@@ -47,7 +54,7 @@ def searched_scale(weight: Tensor, importance: Tensor, quantizer: WeightQuantize
     absmean = weight_scale(weight, quantizer)
     best = absmean.clone()
     least = torch.full_like(absmean, torch.inf)
-    for multiplier in SCALE_MULTIPLIERS:
+    for multiplier in multipliers:
         scale = (absmean * multiplier).clamp_(min=SCALE_FLOOR)
         per_weight = spread(scale, weight.shape[1])
         error = (weight - per_weight * nearest_codes(weight, per_weight, quantizer)).square_().mul_(importance)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.calibration import calibrate, preserving_gain
+from bitdistill_core.calibration import _groups, calibrate, preserving_gain
+from bitdistill_core.quantize.awq import fold
 from bitdistill_core.quantize.gptq import gptq
 from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight, quantize_weight
 from bitdistill_core.surgery import operate
@@ -18,6 +19,7 @@ from tests.core.conftest import CONFIGS, build
 
 # longer than Gemma's sliding window of 16; the last batch of two is smaller
 INPUT_IDS = torch.randint(3, 97, (5, 20), generator=torch.Generator().manual_seed(0))
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 QUANTIZERS = [
     WeightQuantizer(grid=grid, granularity=granularity, block_size=16 if granularity == "block" else 0)
     for grid in ("ternary", "binary")
@@ -111,39 +113,58 @@ def test_the_student_quantises_to_the_codes_and_scale_of_gptq(quantizer: WeightQ
 
 @pytest.mark.parametrize("subln", ["none", "output", "all"])
 @torch.no_grad()
-def test_awq_leaves_the_float_function_and_reports_its_errors(any_model: PreTrainedModel, subln: str) -> None:
-    with_outliers(any_model)
-    student = student_of(any_model, subln)
+def test_folding_into_every_norm_leaves_the_float_function(any_model: PreTrainedModel, subln: str) -> None:
+    student = any_model
+    skipped = ["layers.0.self_attn.k_proj", "layers.1.mlp.gate_proj"]
+    operate(student, subln=subln, sub_norm_eps=1e-6, skip_modules=skipped)
     before = logits(student, hardness=0.0)
-    errors = calibrate(student, INPUT_IDS, subln_gain="one", initializer="awq", batch_size=2)
+    generator = torch.Generator().manual_seed(1)
+    folded = set()
+    for block in student.get_decoder().layers:
+        for group in _groups(block, 1.0 if student.config.model_type == "gemma3_text" else 0.0):
+            if group.norm is not None:
+                s = 2 * torch.rand(next(iter(group.bit_linears.values())).in_features, generator=generator) + 0.2
+                fold(s, group.linears.values(), group.norm, norm_offset=group.norm_offset)
+                folded |= {name.rsplit(".", 1)[1] for name in group.linears}
     after = logits(student, hardness=0.0)
     assert (after - before).norm() < 1e-4 * before.norm()
-    layers, seen = bit_linears(student), inputs(student)
-    dense = {name: layer.weight.clone() for name, layer in bit_linears(student_of(any_model, subln)).items()}
-    changed = set()
-    for error in errors:
-        layer = layers[error.module]
-        expected = relative_error(layer, seen[error.module], layer.weight, layer.weight)
-        assert error.relative_error_after == pytest.approx(expected, rel=1e-3)
-        if not torch.equal(layer.weight, dense[error.module]):
-            changed.add(error.module.rsplit(".", 1)[1])
-    if subln == "none":
-        assert not changed & {"o_proj", "down_proj"}
-    assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= changed
-    behind_norms = [e for e in errors if not e.module.endswith(("o_proj", "down_proj"))]
-    assert sum(e.relative_error_after for e in behind_norms) < 0.8 * sum(e.relative_error_before for e in behind_norms)
+    assert folded == PROJECTIONS - ({"o_proj", "down_proj"} if subln == "none" else set())
 
 
+@pytest.mark.parametrize("subln", ["none", "output", "all"])
 @torch.no_grad()
-def test_awq_scales_the_dense_projections_behind_a_norm_too() -> None:
-    student = build("gemma3_text")
-    skipped = ["layers.0.self_attn.k_proj", "layers.1.mlp.gate_proj"]
-    operate(student, subln="output", sub_norm_eps=1e-6, skip_modules=skipped)
-    before = logits(student, hardness=0.0)
-    errors = calibrate(student, INPUT_IDS, subln_gain="one", initializer="awq")
-    assert len(errors) == 12
-    assert not {f"model.{name}" for name in skipped} & {error.module for error in errors}
-    assert (logits(student, hardness=0.0) - before).norm() < 1e-4 * before.norm()
+def test_awq_reports_the_errors_that_a_forward_pass_shows(any_model: PreTrainedModel, subln: str) -> None:
+    with_outliers(any_model)
+    student = student_of(any_model, subln)
+    errors = calibrate(student, INPUT_IDS, subln_gain="preserve", initializer="awq", batch_size=2)
+    gains = student_of(any_model, subln)
+    calibrate(gains, INPUT_IDS, subln_gain="preserve", initializer="none", batch_size=2)
+    layers, seen = bit_linears(student), inputs(student)
+    scaled = set()
+    for error in errors:
+        layer, dense = layers[error.module], any_model.get_parameter(f"{error.module}.weight")
+        old, new = (norm_before(model, error.module) for model in (gains, student))
+        s = old / new if old is not None and new is not None else torch.ones(dense.shape[1])
+        if not torch.allclose(s, torch.ones_like(s), rtol=1e-4):
+            scaled.add(error.module.rsplit(".", 1)[1])
+        expected = relative_error(layer, seen[error.module], dense * s, layer.weight)
+        assert error.relative_error_after == pytest.approx(expected, rel=1e-3)
+        assert error.relative_error_after < error.relative_error_before
+    assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= scaled
+
+
+def norm_before(student: PreTrainedModel, name: str) -> Tensor | None:
+    """The factor (K,) of the norm in front of a projection, None where there is none."""
+    norm = bit_linears(student)[name].input_norm
+    if norm is not None:
+        return norm.weight
+    block = student.get_submodule(name.rsplit(".", 2)[0])
+    is_gemma = student.config.model_type == "gemma3_text"
+    mlp_norm = "pre_feedforward_layernorm" if is_gemma else "post_attention_layernorm"
+    norms = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm")
+    norms |= dict.fromkeys(("gate_proj", "up_proj"), mlp_norm)
+    child = name.rsplit(".", 1)[1]
+    return block.get_submodule(norms[child]).weight + float(is_gemma) if child in norms else None
 
 
 @pytest.mark.parametrize("subln", ["output", "all"])

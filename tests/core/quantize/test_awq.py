@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitdistill_core.quantize.awq import channel_scale, fold
-from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight
+from bitdistill_core.quantize.awq import COARSE_MULTIPLIERS, channel_scale, clipped_codes, fold
+from bitdistill_core.quantize.gptq import nearest_codes, searched_scale
+from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight, quantize_weight, spread
 
 QUANTIZERS = [
     WeightQuantizer(grid=grid, granularity=granularity, block_size=16 if granularity == "block" else 0)
@@ -26,7 +27,10 @@ def outlier_layers(seed: int, num_layers: int = 1) -> tuple[Tensor, list[Tensor]
 
 
 def output_error(x: Tensor, weight: Tensor, s: Tensor, quantizer: WeightQuantizer) -> float:
-    return float((x @ weight.T - (x / s) @ fake_quantize_weight(weight * s, quantizer).T).square().sum())
+    """Of the weight rounded with a searched scale, on the activations themselves."""
+    importance = (x / s).square().sum(dim=0)
+    scale = spread(searched_scale(weight * s, importance, quantizer, COARSE_MULTIPLIERS), weight.shape[1])
+    return float((x @ weight.T - (x / s) @ (scale * nearest_codes(weight * s, scale, quantizer)).T).square().sum())
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
@@ -50,6 +54,17 @@ def test_alpha_is_the_best_of_twenty_for_all_layers_together(quantizer: WeightQu
         candidates.append((sum(output_error(x, weight, s, quantizer) for weight in weights), s))
     expected = min(candidates, key=lambda pair: pair[0])[1]
     assert torch.allclose(channel_scale(weights, x.T @ x, magnitude, quantizer), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_clipping_rounds_with_less_error_than_absmean(quantizer: WeightQuantizer) -> None:
+    x, [weight] = outlier_layers(seed=5)
+    codes, scale = clipped_codes(weight, x.T @ x, quantizer)
+    assert codes.dtype == torch.int8
+    assert scale.shape == quantize_weight(weight, quantizer)[1].shape
+    error = (x @ (weight - spread(scale, 64) * codes).T).square().sum()
+    absmean_error = (x @ (weight - fake_quantize_weight(weight, quantizer)).T).square().sum()
+    assert error < (0.9 if quantizer.grid == "ternary" else 1.0) * absmean_error
 
 
 def test_inputs_of_one_magnitude_are_not_scaled() -> None:
