@@ -189,7 +189,7 @@ def _write_packed(path: Path, name: str) -> None:
         linears={
             linear: TernaryLinear(
                 w_ternary(linear, layer.n, layer.k),
-                WEIGHT_SCALE,
+                np.array(WEIGHT_SCALE, np.float32),
                 input_norm=np.ones(layer.k, np.float32) if layer.has_input_norm else None,
             )
             for linear, layer in linear_layers(config).items()

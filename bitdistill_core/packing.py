@@ -8,8 +8,9 @@ address of a memory map; bitdistill_core.panels describes their bytes. Metadata:
 engine.config.EngineConfig), config_sha256, checksums (JSON, tensor name to the SHA-256 of its bytes), created_by.
 Tensors, by Hugging Face's module names:
 
-    <linear>.w_packed uint8, <linear>.weight_scale fp32 (), [<linear>.bias fp32 (N,)],
-    [<linear>.input_norm.weight fp32 (K,)]
+    <linear>.w_packed uint8, [<linear>.bias fp32 (N,)], [<linear>.input_norm.weight fp32 (K,)]
+    <linear>.weight_scale fp32: (), (N,) one a row, or (N, G) one for each G-th of a row, K / G a multiple of 16 and the
+    same in every layer of the file
     <embedding>.scan uint8, <embedding>.rest uint8, <embedding>.row_scale fp32 (V,), and for the output head's bounds
     <embedding>.row_norm fp32 (V,) >= |w_int8|, <embedding>.rest_norm fp32 (V,) >= |(u & 7) - 3.5|, u = w_int8 + 128;
     <embedding> is model.embed_tokens, and lm_head unless it is tied
@@ -29,26 +30,26 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
-from bitdistill_core.panels import LINE_BYTES, pack_int8_rows, pack_ternary, packed_shape, rest_shape, scan_shape
+from bitdistill_core.engine.config import EngineConfig, linear_layers
+from bitdistill_core.engine.tensors import FLOAT32, TASK, TOKENIZER, UINT8, check_finite, check_tensors
+from bitdistill_core.panels import LINE_BYTES, pack_int8_rows, pack_ternary
 
 FORMAT = "bitdistill"
-FORMAT_VERSION = "2"
-TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
+FORMAT_VERSION = "3"
 STREAMED = (".w_packed", ".scan")  # names end so
 HASH_BLOCK_BYTES, HASH_THREADS = 1 << 16, 2
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": UINT8, "F32": FLOAT32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TernaryLinear:
-    """One linear layer to write: weight ~ weight_scale * w_ternary, N out by K in."""
+    """One linear layer to write: weight ~ weight_scale * w_ternary, N out by K in. A binary one has no zeros."""
 
     w_ternary: NDArray[np.int8]  # (N, K) in {-1, 0, 1}
-    weight_scale: float
+    weight_scale: NDArray[np.float32]  # (), (N,) or (N, K / block_size)
     bias: NDArray[np.float32] | None = None  # (N,)
     input_norm: NDArray[np.float32] | None = None  # (K,), the SubLN gain
 
@@ -100,7 +101,8 @@ def write_student(
         task: what the model was trained for: name, kind, prompt, label_words.
         created_by: who wrote it, with version: `bitdistill 0.1.0`.
     Raises:
-        ValueError: a tensor missing, unexpected, of another shape than `config` says, or with NaN or infinity.
+        ValueError: a tensor missing, unexpected, of another shape than `config` says, or with NaN or infinity; blocks
+            that are not a multiple of 16 weights.
     """
     engine = EngineConfig.from_dict(config)
     shapes = {name: (layer.n, layer.k) for name, layer in linear_layers(engine).items()}
@@ -121,8 +123,8 @@ def write_student(
         tensors[f"{name}.rest_norm"] = _norms(rows.w_int8, 0x07, -3.5)
     tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
     tensors[TASK] = np.frombuffer(json.dumps(task).encode(), np.uint8)
-    _check_tensors("the model", engine, tensors)
-    _check_finite("the model", tensors)
+    check_tensors("the model", engine, tensors)
+    check_finite("the model", tensors)
     write_packed(path, config=config, tensors=tensors, created_by=created_by)
 
 
@@ -194,7 +196,7 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
         raise ValueError(f"path={path} {fault}: expected_bytes={expected_size} got bytes={size}; copy or pack it again")
     config = EngineConfig.from_dict(json.loads(metadata["config"]))
     tensors = _map_tensors(file, header, data_begin)
-    _check_tensors(f"path={path}", config, tensors)
+    check_tensors(f"path={path}", config, tensors)
     offsets = {name: data_begin + entry["data_offsets"][0] for name, entry in header.items()}
     # The bytes are read, not mapped, so that what is never used afterwards does not stay in memory.
     with ThreadPoolExecutor(HASH_THREADS) as pool:
@@ -209,7 +211,7 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     for name, tensor in tensors.items():
         if tensor.dtype == np.float32:
             values = np.frombuffer(os.pread(file.fileno(), tensor.nbytes, offsets[name]), np.float32)
-            _check_finite(f"path={path}", {name: values})
+            check_finite(f"path={path}", {name: values})
     return PackedModel(path, config, tensors, offsets, file, metadata["created_by"])
 
 
@@ -224,14 +226,6 @@ def _digest(descriptor: int, offset: int, size: int) -> str:
         digest.update(buffer[:length])
         offset += length
     return digest.hexdigest()
-
-
-def _check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
-            raise ValueError(
-                f"a packed model holds finite numbers only; got NaN or infinity in tensor={name} ({source})"
-            )
 
 
 def _norms(w_int8: NDArray[np.int8], mask: int, shift: float) -> NDArray[np.float32]:
@@ -256,48 +250,6 @@ def _packed(name: str, w_ternary: NDArray[np.int8], shape: tuple[int, int] | Non
 def _float32(values: Any) -> NDArray[np.float32]:
     array = np.asarray(values, np.float32)
     return array if array.flags.c_contiguous else array.copy()
-
-
-def _expected_tensors(config: EngineConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Name to dtype and shape of every tensor of a packed file but the tokenizer."""
-    uint8, float32 = _DTYPES["U8"], _DTYPES["F32"]
-    expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    for name, linear in linear_layers(config).items():
-        expected[f"{name}.w_packed"] = uint8, packed_shape(linear.n, linear.k)
-        expected[f"{name}.weight_scale"] = float32, ()
-        if linear.has_bias:
-            expected[f"{name}.bias"] = float32, (linear.n,)
-        if linear.has_input_norm:
-            expected[f"{name}.input_norm.weight"] = float32, (linear.k,)
-    for name, size in norm_layers(config).items():
-        expected[f"{name}.weight"] = float32, (size,)
-    for name in ("model.embed_tokens",) if config.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
-        expected[f"{name}.scan"] = uint8, scan_shape(config.vocab_size, config.hidden_size)
-        expected[f"{name}.rest"] = uint8, rest_shape(config.vocab_size, config.hidden_size)
-        for scalars in ("row_scale", "row_norm", "rest_norm"):
-            expected[f"{name}.{scalars}"] = float32, (config.vocab_size,)
-    return expected
-
-
-def _check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    expected = _expected_tensors(config)
-    missing = [name for name in (*expected, *BLOBS) if name not in tensors]
-    if missing:
-        raise ValueError(
-            f"{source} lacks {len(missing)} tensors that its config calls for; first missing tensor={missing[0]}"
-        )
-    unexpected = [name for name in tensors if name not in expected and name not in BLOBS]
-    if unexpected:
-        raise ValueError(
-            f"{source} has {len(unexpected)} tensors unknown to its config; first unexpected tensor={unexpected[0]}"
-        )
-    for name, (dtype, shape) in expected.items():
-        tensor = tensors[name]
-        if tensor.dtype != dtype or tensor.shape != shape:
-            raise ValueError(
-                f"{source} does not fit its config: tensor={name} needs dtype={dtype} shape={shape}; "
-                f"got dtype={tensor.dtype} shape={tensor.shape}"
-            )
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:

@@ -82,6 +82,18 @@ def unpack_ternary(w_packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.in
     return codes.astype(np.int8) - 1
 
 
+def panel_scales(weight_scale: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """(ceil(N / 16), G, 16) scales of (N,) or (N, G), as the kernels read them, zeros beyond N; (1, 1, 16) of ()."""
+    if weight_scale.ndim == 0:
+        return np.full((1, 1, PANEL_ROWS), weight_scale, np.float32)
+    rows = weight_scale.reshape(n, -1)
+    scales = np.zeros((-(-n // PANEL_ROWS), rows.shape[1], PANEL_ROWS), np.float32)
+    for row in range(PANEL_ROWS):
+        part = rows[row::PANEL_ROWS]
+        scales[: len(part), :, row] = part
+    return scales
+
+
 def pack_int8_rows(w_int8: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """`scan` and `rest` of (V, D) rows."""
     if w_int8.ndim != 2 or 0 in w_int8.shape or w_int8.dtype != np.int8:

@@ -200,7 +200,7 @@ def write_classifier(path: Path, task: dict[str, Any]) -> None:
         linears={
             name: TernaryLinear(
                 rng.integers(-1, 2, (layer.n, layer.k), np.int8),
-                weight_scale=0.1,
+                weight_scale=np.array(0.1, np.float32),
                 input_norm=np.ones(layer.k, np.float32) if name.endswith(("o_proj", "down_proj")) else None,
             )
             for name, layer in shapes.items()

@@ -12,6 +12,14 @@ def built_kernels() -> list[tuple[str, str]]: ...
 def ternary_matmul(
     x: NDArray[int8], w_packed: NDArray[uint8], out: NDArray[int32], kernel: str, num_threads: int
 ) -> None: ...
+def ternary_linear(
+    x: NDArray[float32],
+    w_packed: NDArray[uint8],
+    weight_scale: NDArray[float32],
+    out: NDArray[float32],
+    kernel: str,
+    num_threads: int,
+) -> None: ...
 def has_code_3(bytes: NDArray[uint8]) -> bool: ...
 
 class KeyValueCache:

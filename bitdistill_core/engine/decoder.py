@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
 from bitdistill_core.engine.kernels import _native
 from bitdistill_core.packing import PackedModel
+from bitdistill_core.panels import panel_scales
 
 Floats = NDArray[np.float32]
 
@@ -137,7 +138,7 @@ def _native_layers(config: EngineConfig, tensors: dict[str, np.ndarray]) -> list
 def _native_linear(name: str, linear: LinearLayer, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
         "w_packed": tensors[f"{name}.w_packed"],
-        "weight_scale": float(tensors[f"{name}.weight_scale"]),
+        "weight_scale": panel_scales(tensors[f"{name}.weight_scale"], linear.n),
         "bias": tensors.get(f"{name}.bias"),
         "input_norm": tensors.get(f"{name}.input_norm.weight"),
         "n": linear.n,

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS
+from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS, panel_scales
 
 try:
     from bitdistill_core.engine import _native
@@ -68,6 +68,49 @@ def ternary_matmul(
         (T, N) int32; a view that drops the padded rows.
     """
     _check_array("x", x, np.dtype(np.int8), 2)
+    padded_k = _check_packed(w_packed, n, x.shape)
+    if x.shape[1] < padded_k:
+        x = np.pad(x, ((0, 0), (0, padded_k - x.shape[1])))
+    out = np.empty((x.shape[0], len(w_packed) * PANEL_ROWS), np.int32)
+    _native.ternary_matmul(x, w_packed, out, resolve_kernel(kernel), resolve_num_threads(num_threads))
+    return out[:, :n]
+
+
+def ternary_linear(
+    x: NDArray[np.float32],
+    w_packed: NDArray[np.uint8],
+    weight_scale: NDArray[np.float32],
+    n: int,
+    *,
+    kernel: str | None = None,
+    num_threads: int = 1,
+) -> NDArray[np.float32]:
+    """A linear layer as the model computes it: out[t, n] = x_scale[t] * sum over blocks of weight_scale * exact sum.
+
+    Args:
+        x: (T, K), rounded here to x_scale[t] * x_int8, x_scale = absmax / 127.
+        w_packed: as in `ternary_matmul`.
+        weight_scale: (), (N,), or (N, G) where K / G is a multiple of 16.
+    Returns:
+        (T, N); blocks add up in float32, in their order. The same bits for a token alone and beside any others.
+    """
+    _check_array("x", x, np.dtype(np.float32), 2)
+    _check_packed(w_packed, n, x.shape)
+    blocks = weight_scale.shape[1:] if weight_scale.ndim == 2 else (1,)
+    is_whole = blocks[0] == 1 or (blocks[0] > 0 and x.shape[1] % (blocks[0] * LINE_K) == 0)
+    if weight_scale.dtype != np.float32 or weight_scale.shape not in ((), (n,), (n, *blocks)) or not is_whole:
+        raise ValueError(
+            f"weight_scale must be float32 of shape (), ({n},) or ({n}, G) with K / G a multiple of {LINE_K}; got "
+            f"dtype={weight_scale.dtype} shape={weight_scale.shape} k={x.shape[1]}"
+        )
+    out = np.empty((x.shape[0], len(w_packed) * PANEL_ROWS), np.float32)
+    scales = panel_scales(weight_scale, n)
+    _native.ternary_linear(x, w_packed, scales, out, resolve_kernel(kernel), resolve_num_threads(num_threads))
+    return out[:, :n]
+
+
+def _check_packed(w_packed: NDArray[np.uint8], n: int, x_shape: tuple[int, ...]) -> int:
+    """The packed K of a matrix of n rows, once it fits x (T, K)."""
     _check_array("w_packed", w_packed, np.dtype(np.uint8), 3)
     num_panels, num_lines, line_bytes = w_packed.shape
     if line_bytes != LINE_BYTES:
@@ -75,15 +118,11 @@ def ternary_matmul(
     if not (num_panels - 1) * PANEL_ROWS < n <= num_panels * PANEL_ROWS:
         raise ValueError(f"n must fit the {num_panels} panels of 16 rows in w_packed; got n={n}")
     padded_k = num_lines * LINE_K
-    if not padded_k - LINE_K < x.shape[1] <= padded_k:
-        raise ValueError(f"x must fit w_packed, packed for K up to {padded_k}; got x of shape={x.shape}")
+    if not padded_k - LINE_K < x_shape[1] <= padded_k:
+        raise ValueError(f"x must fit w_packed, packed for K up to {padded_k}; got x of shape={x_shape}")
     if padded_k > _native.MAX_K:
         raise ValueError(f"the sums are exact for K up to {_native.MAX_K}; got K={padded_k}")
-    if x.shape[1] < padded_k:
-        x = np.pad(x, ((0, 0), (0, padded_k - x.shape[1])))
-    out = np.empty((x.shape[0], num_panels * PANEL_ROWS), np.int32)
-    _native.ternary_matmul(x, w_packed, out, resolve_kernel(kernel), resolve_num_threads(num_threads))
-    return out[:, :n]
+    return padded_k
 
 
 def _check_array(name: str, array: np.ndarray, dtype: np.dtype, ndim: int) -> None:

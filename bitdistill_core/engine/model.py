@@ -18,8 +18,9 @@ from bitdistill_core.engine.decoder import Decoder, Floats
 from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
 from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
+from bitdistill_core.engine.tensors import TOKENIZER
 from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
-from bitdistill_core.packing import TOKENIZER, PackedModel, read_packed
+from bitdistill_core.packing import PackedModel, read_packed
 
 Ids = NDArray[np.int32]
 

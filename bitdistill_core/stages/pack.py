@@ -121,9 +121,11 @@ def _ternary(name: str, layer: BitLinear) -> TernaryLinear:
     if not torch.isfinite(layer.weight).all():
         raise ValueError(f"a packed model holds finite numbers only; got NaN or infinity in tensor={name}.weight")
     w_ternary, scale = quantize_weight(layer.weight.detach(), layer.quantizer)
+    if layer.quantizer.granularity == "row":
+        scale = scale.squeeze(1)
     return TernaryLinear(
         w_ternary.numpy(),
-        float(scale),
+        scale.numpy(),
         bias=None if layer.bias is None else layer.bias.detach().float().numpy(),
         input_norm=None if layer.input_norm is None else layer.input_norm.weight.detach().float().numpy(),
     )

@@ -21,16 +21,23 @@ from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from tests.core.test_engine_config import ARCHITECTURES, BOS, COMMON, EOS, VOCAB_SIZE
 
 EPS = 1e-6
+BLOCK = 16  # weights that share a scale, where blocks do
 TOLERANCE = 1e-5  # of the largest logit: fp32, in another order of summation
 
 
 class ReferenceBitLinear(nn.Module):
-    """Ternary weights, INT8 activations: the equations, nothing else."""
+    """Ternary or binary weights, INT8 activations: the equations, nothing else."""
 
-    def __init__(self, linear: nn.Linear, has_input_norm: bool) -> None:
+    def __init__(self, linear: nn.Linear, has_input_norm: bool, grid: str, granularity: str) -> None:
         super().__init__()
-        self.weight_scale = linear.weight.abs().mean().clamp(min=1e-5)
-        self.w_ternary = (linear.weight / self.weight_scale).round().clamp(-1, 1)
+        shape = {"tensor": (1, 1, -1), "row": (linear.out_features, 1, -1), "block": (linear.out_features, -1, BLOCK)}
+        weight = linear.weight.reshape(shape[granularity])  # the last axis shares a scale
+        scale = weight.abs().mean(dim=-1).clamp(min=1e-5)
+        ternary = (weight / scale[..., None]).round().clamp(-1, 1)
+        binary = torch.where(weight > weight.mean(dim=-1, keepdim=True), 1.0, -1.0)
+        self.w_ternary = (ternary if grid == "ternary" else binary).reshape(linear.weight.shape)
+        self.weight_scale = {"tensor": scale[0, 0], "row": scale[:, 0], "block": scale}[granularity]
+        self.block_scale = scale  # (N or 1, blocks)
         self.bias = linear.bias
         self.input_norm = nn.Parameter(1 + 0.3 * torch.randn(linear.in_features)) if has_input_norm else None
 
@@ -41,7 +48,9 @@ class ReferenceBitLinear(nn.Module):
         scaled = x * (127 / absmax)
         self.nearest_tie = float((scaled - scaled.floor() - 0.5).abs().min())
         x_int8 = scaled.round().clamp(-128, 127)
-        y = x_int8 @ self.w_ternary.T * (absmax / 127 * self.weight_scale)
+        sizes = (self.block_scale.shape[1], -1)
+        sums = torch.einsum("...gk,ngk->...ng", x_int8.unflatten(-1, sizes), self.w_ternary.unflatten(-1, sizes))
+        y = (sums * (absmax[..., None] / 127 * self.block_scale)).sum(-1)
         return y if self.bias is None else y + self.bias
 
 
@@ -62,10 +71,12 @@ def quantize_rows(weight: torch.Tensor) -> Int8Rows:
 
 
 @torch.no_grad()
-def reference_student(name: str, subln: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def reference_student(name: str, subln: str, grid: str, granularity: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A random transformers model with reference BitLinears, and the dictionary of its config.json."""
     torch.manual_seed(7)
     options = COMMON | ARCHITECTURES[name]
+    if granularity == "block":
+        options["intermediate_size"] = 5 * BLOCK
     config = AutoConfig.for_model(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for parameter_name, parameter in model.named_parameters():
@@ -79,21 +90,30 @@ def reference_student(name: str, subln: str) -> tuple[PreTrainedModel, dict[str,
         if isinstance(module, nn.Linear):
             parent, _, child = module_name.rpartition(".")
             has_norm = subln == "all" or (subln == "output" and child in ("o_proj", "down_proj"))
-            setattr(model.model.get_submodule(parent), child, ReferenceBitLinear(module, has_norm))
+            reference = ReferenceBitLinear(module, has_norm, grid, granularity)
+            setattr(model.model.get_submodule(parent), child, reference)
     return model, config.to_dict() | {"bitdistill": {"subln": subln, "sub_norm_eps": EPS}}
 
 
 @torch.no_grad()
-def write_reference(path: Path, name: str, subln: str = "output", *, with_eos: bool = False) -> PreTrainedModel:
+def write_reference(
+    path: Path,
+    name: str,
+    subln: str = "output",
+    *,
+    grid: str = "ternary",
+    granularity: str = "tensor",
+    with_eos: bool = False,
+) -> PreTrainedModel:
     """Packs a reference student at `path`; the returned model has the file's rounded embeddings."""
-    model, hf_config = reference_student(name, subln)
+    model, hf_config = reference_student(name, subln, grid, granularity)
     linears, norms, embeddings = {}, {}, {}
     for module_name, module in model.named_modules():
         if isinstance(module, ReferenceBitLinear):
             bias = None if module.bias is None else module.bias.numpy()
             gain = None if module.input_norm is None else module.input_norm.numpy()
             w_ternary = module.w_ternary.to(torch.int8).numpy()
-            linears[module_name] = TernaryLinear(w_ternary, float(module.weight_scale), bias, gain)
+            linears[module_name] = TernaryLinear(w_ternary, module.weight_scale.numpy(), bias, gain)
         elif module_name.endswith("norm"):
             norms[module_name] = module.weight.numpy()
     for module_name in ("model.embed_tokens", "lm_head"):
@@ -173,6 +193,22 @@ def test_without_subln_the_logits_equal_transformers(tmp_path: Path) -> None:
     model = write_reference(tmp_path / "m", "qwen3", "none")
     prompt = prompt_without_ties(model)
     assert relative_error(Engine.load(tmp_path / "m").logits(prompt), reference_logits(model, prompt)) < TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "block"])
+@pytest.mark.parametrize("grid", ["ternary", "binary"])
+@pytest.mark.parametrize("name", ["qwen3", "llama_bias_llama3_rope", "gemma3"])
+def test_every_grid_and_granularity_equals_transformers(tmp_path: Path, name: str, grid: str, granularity: str) -> None:
+    subln = "all" if name == "llama_bias_llama3_rope" else "output"
+    model = write_reference(tmp_path / "m", name, subln, grid=grid, granularity=granularity)
+    prompt = prompt_without_ties(model)
+    expected = reference_logits(model, prompt)
+    for kernel in available_kernels():
+        engine = Engine.load(tmp_path / "m", num_threads=1, kernel=kernel)
+        assert relative_error(engine.logits(prompt), expected) < TOLERANCE
+    short = Engine.load(tmp_path / "m", num_threads=1)  # few tokens go another way than many
+    np.testing.assert_array_equal(short.logits(prompt[:2]), short.logits(prompt)[:2])
+    np.testing.assert_array_equal(Engine.load(tmp_path / "m", num_threads=3).logits(prompt), short.logits(prompt))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral_sliding", "gemma3"])

@@ -22,10 +22,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen3", "qwen3 block", "gemma3", "gemma3 row"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, nn.Module]:
     path = tmp_path_factory.mktemp("model") / "model.bitdistill"
-    model = write_reference(path, request.param)
+    name, _, granularity = request.param.partition(" ")
+    model = write_reference(path, name, granularity=granularity or "tensor")
     return Engine.load(path, num_threads=2), model
 
 

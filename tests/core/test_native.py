@@ -63,6 +63,56 @@ def test_more_tokens_than_one_block(kernel: str) -> None:
     np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
 
 
+def linear_case(n: int, k: int, tokens: int, scale_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, codes and scales whose products and sums are exact in float32: x_scale is 1, weight scales are powers of 2."""
+    generator = np.random.default_rng([n, k, tokens, *scale_shape])
+    x = generator.integers(-127, 128, (tokens, k)).astype(np.float32)
+    x[:, 0] = 127
+    w_ternary = generator.choice([-1, 0, 1], (n, k)).astype(np.int8)
+    return x, w_ternary, 2.0 ** generator.integers(-3, 4, scale_shape).astype(np.float32)
+
+
+def linear_output(x: np.ndarray, w_ternary: np.ndarray, weight_scale: np.ndarray) -> np.ndarray:
+    n, k = w_ternary.shape
+    scale = np.full((n, 1), weight_scale) if weight_scale.ndim == 0 else weight_scale.reshape(n, -1)
+    return x.astype(np.float64) @ (w_ternary * np.repeat(scale, k // scale.shape[1], axis=1)).T.astype(np.float64)
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("k", "blocks"), [(100, 0), (100, 1), (32, 2), (48, 3), (4096, 8), (1040, 65)])
+def test_a_linear_layer_equals_numpy_for_every_granularity(kernel: str, n: int, k: int, blocks: int) -> None:
+    for tokens in (1, 2, 3, 4, 9, 13):
+        for shape in ((n, blocks),) if blocks else ((), (n,)):
+            x, w_ternary, weight_scale = linear_case(n, k, tokens, shape)
+            packed, expected = pack_ternary(w_ternary), linear_output(x, w_ternary, weight_scale)
+            for num_threads in (1, 3):
+                out = kernels.ternary_linear(x, packed, weight_scale, n, kernel=kernel, num_threads=num_threads)
+                np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("blocks", [1, 3, 30])
+def test_a_token_gets_the_same_bits_alone_and_beside_others(kernel: str, blocks: int) -> None:
+    generator = np.random.default_rng(blocks)
+    x = generator.standard_normal((40, 480)).astype(np.float32)
+    packed = pack_ternary(generator.integers(-1, 2, (50, 480)).astype(np.int8))
+    weight_scale = generator.random((50, blocks)).astype(np.float32)
+    alone = [kernels.ternary_linear(x[t : t + 1], packed, weight_scale, 50, kernel=kernel) for t in range(40)]
+    for tokens in (2, 3, 4, 7, 40):
+        together = kernels.ternary_linear(x[:tokens], packed, weight_scale, 50, kernel=kernel, num_threads=2)
+        np.testing.assert_array_equal(together, np.concatenate(alone[:tokens]))
+
+
+def test_rejects_scales_that_are_not_a_tensor_rows_or_blocks_of_whole_lines() -> None:
+    x, packed = np.ones((1, 48), np.float32), pack_ternary(np.ones((5, 48), np.int8))
+    for shape in ((4,), (5, 2), (5, 0), (5, 6), (1, 5, 3)):
+        with pytest.raises(ValueError, match=r"\(5, G\) with K / G a multiple of 16; got dtype=float32 shape="):
+            kernels.ternary_linear(x, packed, np.ones(shape, np.float32), 5)
+    with pytest.raises(ValueError, match="got dtype=float64"):
+        kernels.ternary_linear(x, packed, np.ones(()), 5)
+
+
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_weights_need_no_alignment(kernel: str) -> None:
     x, w_ternary = random_case(17, 40, 3)

@@ -34,15 +34,21 @@ TINY = {
 }
 
 
-def student_arguments(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """What the pack stage hands to `write_student`, with random codes."""
+# Every input width is a multiple of 16, the smallest block.
+WHOLE_LINES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+
+
+def student_arguments(seed: int = 0, *, granularity: str = "tensor", **changes: Any) -> dict[str, Any]:
+    """What the pack stage hands to `write_student`, with random codes; blocks are of 16 weights."""
     generator = np.random.default_rng(seed)
     config = engine_config(TINY | changes)
     engine = EngineConfig.from_dict(config)
     linears = {
         name: TernaryLinear(
             generator.integers(-1, 2, (layer.n, layer.k)).astype(np.int8),
-            0.5,
+            generator.uniform(
+                0.2, 0.6, {"tensor": (), "row": (layer.n,), "block": (layer.n, layer.k // 16)}[granularity]
+            ).astype(np.float32),
             generator.standard_normal(layer.n).astype(np.float32) if layer.has_bias else None,
             np.ones(layer.k, np.float32) if layer.has_input_norm else None,
         )
@@ -84,6 +90,41 @@ def with_metadata(path: Path, **changes: str) -> None:
     join_file(path, header, data)
 
 
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_a_file_holds_the_scale_of_every_row_or_block(tmp_path: Path, granularity: str) -> None:
+    arguments = student_arguments(granularity=granularity, **WHOLE_LINES)
+    write_student(tmp_path / "m", **arguments)
+    model = read_packed(tmp_path / "m")
+    for name, linear in arguments["linears"].items():
+        scale = model.tensors[f"{name}.weight_scale"]
+        n, k = linear.w_ternary.shape
+        assert scale.shape == ((n,) if granularity == "row" else (n, k // 16))
+        np.testing.assert_array_equal(scale, linear.weight_scale)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((32, 6), r"blocks of a multiple of 16; got linear={name} k=48 block_size=8 .*; choose another block size"),
+        ((32, 2), r"blocks of a multiple of 16; got linear={name} k=48 block_size=24"),
+        ((32, 1), r"one block size; got linear={first} block_size=16 and linear={name} block_size=48"),
+        ((32,), r"one block size; got linear={first} block_size=16 and linear={name} block_size=None"),
+        ((32, 5), r"tensor={name}\.weight_scale needs .* or \(32, a divisor of 48\); got .* shape=\(32, 5\)"),
+        ((32, 0), r"weight_scale needs .* shape=\(32, 0\)"),
+        ((48,), r"weight_scale needs .* shape=\(48,\)"),
+        ((1, 32, 3), r"weight_scale needs .* shape=\(1, 32, 3\)"),
+    ],
+)
+def test_write_names_the_layer_whose_scales_do_not_fit(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    arguments = student_arguments(granularity="block", **WHOLE_LINES)
+    first, name = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    linear = arguments["linears"][name]
+    scale = np.ones(shape, np.float32)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary, scale, input_norm=linear.input_norm)
+    with pytest.raises(ValueError, match=message.format(first=first, name=name)):
+        write_student(tmp_path / "m", **arguments)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("subln", ["none", "output", "all"])
 def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln: str) -> None:
@@ -97,7 +138,7 @@ def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln
     for name, linear in arguments["linears"].items():
         unpacked = unpack_ternary(model.tensors[f"{name}.w_packed"], *linear.w_ternary.shape)
         np.testing.assert_array_equal(unpacked, linear.w_ternary)
-        assert model.tensors[f"{name}.weight_scale"] == np.float32(linear.weight_scale)
+        np.testing.assert_array_equal(model.tensors[f"{name}.weight_scale"], linear.weight_scale)
         assert (f"{name}.input_norm.weight" in model.tensors) == (linear.input_norm is not None)
         assert (f"{name}.bias" in model.tensors) == (linear.bias is not None)
     rows = arguments["embeddings"]["model.embed_tokens"]
@@ -117,7 +158,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "2"
+        assert file.metadata()["format_version"] == "3"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -155,7 +196,7 @@ def test_write_names_the_tensor_with_a_number_that_is_not_finite(tmp_path: Path,
         write_student(tmp_path / "m", **arguments)
     arguments = student_arguments()
     name = "model.layers.0.mlp.up_proj"
-    arguments["linears"][name] = TernaryLinear(arguments["linears"][name].w_ternary, value)
+    arguments["linears"][name] = TernaryLinear(arguments["linears"][name].w_ternary, np.array(value, np.float32))
     with pytest.raises(ValueError, match=rf"got NaN or infinity in tensor={name}\.weight_scale"):
         write_student(tmp_path / "m", **arguments)
     assert not (tmp_path / "m").exists()
@@ -163,17 +204,17 @@ def test_write_names_the_tensor_with_a_number_that_is_not_finite(tmp_path: Path,
 
 def test_write_names_what_does_not_fit_the_config(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
-    arguments = student_arguments()
+    arguments, one = student_arguments(), np.array(1, np.float32)
     linear = arguments["linears"].pop(name)
     with pytest.raises(ValueError, match=rf"the model lacks 2 tensors .* first missing tensor={name}\.w_packed"):
         write_student(tmp_path / "m", **arguments)
-    arguments["linears"][name] = TernaryLinear(linear.w_ternary[:, :-1], 1.0)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary[:, :-1], one)
     with pytest.raises(ValueError, match=rf"linear={name} .* needs shape=\(20, 24\); got shape=\(20, 23\)"):
         write_student(tmp_path / "m", **arguments)
-    arguments["linears"][name] = TernaryLinear(linear.w_ternary * 2, 1.0)
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary * 2, one)
     with pytest.raises(ValueError, match=rf"needs int8 codes -1, 0 and 1.*\(in linear={name}\)"):
         write_student(tmp_path / "m", **arguments)
-    arguments["linears"][name] = TernaryLinear(linear.w_ternary, 1.0, bias=np.zeros(20, np.float32))
+    arguments["linears"][name] = TernaryLinear(linear.w_ternary, one, bias=np.zeros(20, np.float32))
     with pytest.raises(ValueError, match=rf"1 tensors unknown to its config; first unexpected tensor={name}\.bias"):
         write_student(tmp_path / "m", **arguments)
 
@@ -200,7 +241,7 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
     with_metadata(packed_file, format_version="1")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=2; got format_version=1"):
+    with pytest.raises(ValueError, match=r"this engine reads format_version=3; got format_version=1"):
         read_packed(packed_file)
 
 

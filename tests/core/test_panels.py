@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdistill_core import panels
-from bitdistill_core.panels import pack_int8_rows, pack_ternary, packed_shape, unpack_int8_rows, unpack_ternary
+from bitdistill_core.panels import (
+    pack_int8_rows,
+    pack_ternary,
+    packed_shape,
+    panel_scales,
+    unpack_int8_rows,
+    unpack_ternary,
+)
 
 
 def test_one_line_bit_by_bit() -> None:
@@ -62,6 +69,18 @@ def test_pack_rejects_what_is_not_ternary() -> None:
         pack_ternary(np.ones((2, 2), np.float32))
     with pytest.raises(ValueError, match=r"a matrix .* that is not empty; got shape="):
         pack_ternary(np.empty((0, 4), np.int8))
+
+
+def test_scales_lie_panel_by_panel_then_block_by_block() -> None:
+    scales = np.arange(1, 19 * 3 + 1, dtype=np.float32).reshape(19, 3)
+    by_panel = panel_scales(scales, 19)
+    assert by_panel.shape == (2, 3, 16)
+    assert by_panel.flags.c_contiguous
+    for row in range(32):
+        expected = scales[row] if row < 19 else np.zeros(3, np.float32)
+        np.testing.assert_array_equal(by_panel[row // 16, :, row % 16], expected)
+    np.testing.assert_array_equal(panel_scales(scales[:, 0], 19), panel_scales(scales[:, :1], 19))
+    np.testing.assert_array_equal(panel_scales(np.array(3, np.float32), 19), np.full((1, 1, 16), 3, np.float32))
 
 
 def test_unpack_rejects_another_shape_and_the_code_three() -> None:

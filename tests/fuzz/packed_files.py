@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.packing import write_student
-from tests.core.test_packing import student_arguments
+from tests.core.test_packing import WHOLE_LINES, student_arguments
 
 TOKENIZER = b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2},"merges":[]}}'
 SECONDS_A_FILE = 60
@@ -40,13 +40,15 @@ STRANGE: list[Any] = [
 
 
 def base_files(directory: Path) -> list[bytes]:
-    """Small models of every shape of file: placements of SubLN, biases, an untied head, sliding windows, Gemma."""
+    """Small models of every shape of file: SubLN, biases, an untied head, sliding windows, Gemma, finer scales."""
     surgery = [{"subln": subln, "sub_norm_eps": 1e-6} for subln in ("none", "output", "all")]
     gemma = {"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 4, "final_logit_softcapping": 30.0}
     variants: list[dict[str, Any]] = [
         {"bitdistill": surgery[1]},
         {"bitdistill": surgery[2], "tie_word_embeddings": False, "attention_bias": True},
         gemma | {"bitdistill": surgery[0], "layer_types": ["sliding_attention", "full_attention"]},
+        {"bitdistill": surgery[2], "granularity": "row"},
+        {"bitdistill": surgery[1], "granularity": "block", "attention_bias": True} | WHOLE_LINES,
     ]
     files = []
     for number, changes in enumerate(variants):
@@ -137,7 +139,7 @@ def change_metadata(rng: random.Random, header: Header, data: bytearray) -> None
     if rng.random() < 0.3:
         del metadata[key]
     else:
-        metadata[key] = rng.choice([*STRANGE, "{", "[]", "null", '{"a":1}', "2", json.dumps(STRANGE[:5])])
+        metadata[key] = rng.choice([*STRANGE, "{", "[]", "null", '{"a":1}', "3", json.dumps(STRANGE[:5])])
 
 
 def change_floats(rng: random.Random, header: Header, data: bytearray) -> None:

@@ -128,13 +128,13 @@ void check_finish(Checker& checker, int tokens, bool has_bias, bool add) {
   const std::size_t stride = kPanelRows + std::size_t(random_int(0, 3));
   const std::size_t size = stride * (tokens - 1) + kPanelRows;
   Guarded<int32_t> sums(std::size_t(tokens) * kPanelRows), sum_x(tokens);
-  Guarded<float> scale_x(tokens), bias(kPanelRows), y(size), alone(kPanelRows);
+  Guarded<float> scale_x(tokens), weight_scale(kPanelRows), bias(kPanelRows), y(size), alone(kPanelRows);
   for (std::size_t i = 0; i < sums.size; ++i) sums[i] = int32_t(random_bits()) >> random_int(3, 28);
   for (int t = 0; t < tokens; ++t) sum_x[t] = int32_t(random_bits()) >> random_int(4, 28);
   fill(scale_x, 1e-4f, 1.0f);
   fill(bias, -10.0f, 10.0f);
   fill(y, -10.0f, 10.0f);
-  const float weight_scale = random_float(1e-3f, 1.0f);
+  fill(weight_scale, 1e-3f, 1.0f);
   const std::vector<float> before(y.data, y.data + size);
   checker.kernels.finish(sums, tokens, sum_x, scale_x, weight_scale, has_bias ? bias.data : nullptr, add, y, stride);
   for (std::size_t i = 0; i < size; ++i) {
@@ -143,7 +143,7 @@ void check_finish(Checker& checker, int tokens, bool has_bias, bool add) {
       checker.check(y[i] == before[i], "tokens=%d wrote between two tokens", tokens);
       continue;
     }
-    const double term = (double(sums[t * kPanelRows + row]) - sum_x[t]) * scale_x[t] * weight_scale;
+    const double term = (double(sums[t * kPanelRows + row]) - sum_x[t]) * scale_x[t] * weight_scale[row];
     const double extra = (has_bias ? bias[row] : 0.0f), old = add ? before[i] : 0.0f;
     checker.near(y[i], term + extra + old, 3e-7 * (std::fabs(term) + std::fabs(extra) + std::fabs(old)), "y", tokens,
                  int(i));

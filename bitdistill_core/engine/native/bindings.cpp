@@ -59,7 +59,7 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 
   const nb::gil_scoped_release released;
   Team team(num_threads);
   Int8Tokens tokens;
-  tokens.resize(T, K);
+  tokens.resize(T, K, 1);
   std::vector<int8_t> row(K);
   std::vector<int32_t> sums(T, 0);
   for (int t = 0; t < T; ++t) {
@@ -87,6 +87,36 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 
       }
     }
   });
+}
+
+// N and K are those of the matrix; `weight_scale` is (num_panels, num_blocks, 16), or (1, 1, 16) for all panels.
+Linear linear_of(const Array<const uint8_t, 3>& w_packed, const Array<const float, 3>& weight_scale, int n, int k) {
+  Linear linear;
+  linear.w_packed = w_packed.data();
+  linear.weight_scale = weight_scale.data();
+  linear.num_blocks = int(weight_scale.shape(1));
+  linear.scale_stride = weight_scale.shape(0) == 1 ? 0 : weight_scale.shape(1) * kPanelRows;
+  linear.n = n;
+  linear.k = k;
+  return linear;
+}
+
+// x (T, K), quantised token by token, times packed weights and their scales, (T, padded N).
+void ternary_linear(const Array<const float, 2>& x, const Array<const uint8_t, 3>& w_packed,
+                    const Array<const float, 3>& weight_scale, const Array<float, 2>& out, const std::string& kernel,
+                    int num_threads) {
+  const Kernels& kernels = kernels_named(kernel);
+  const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1));
+  const Linear linear = linear_of(w_packed, weight_scale, N, K);
+  const float* x_data = x.data();
+  float* out_data = out.data();
+  const nb::gil_scoped_release released;
+  Team team(num_threads);
+  std::vector<Scratch> scratch(num_threads);
+  Int8Tokens tokens;
+  quantize_tokens(team, kernels, scratch.data(), x_data, K, K, linear.num_blocks, T, Norm{}, Norm{}, tokens);
+  const Product product{&linear, &tokens, out_data, std::size_t(N), false};
+  multiply(team, kernels, scratch.data(), &product, 1);
 }
 
 // Whether a byte holds code 3, which is no ternary weight.
@@ -169,12 +199,11 @@ class PackedModel {
   }
 
   Linear read_linear(const nb::dict& from) {
-    Linear linear;
     arrays_.push_back(from["w_packed"]);
-    linear.w_packed = nb::cast<Array<const uint8_t, 3>>(from["w_packed"]).data();
-    linear.weight_scale = nb::cast<float>(from["weight_scale"]);
-    linear.n = nb::cast<int>(from["n"]);
-    linear.k = nb::cast<int>(from["k"]);
+    arrays_.push_back(from["weight_scale"]);
+    Linear linear = linear_of(nb::cast<Array<const uint8_t, 3>>(from["w_packed"]),
+                              nb::cast<Array<const float, 3>>(from["weight_scale"]), nb::cast<int>(from["n"]),
+                              nb::cast<int>(from["k"]));
     linear.input_norm = floats(from["input_norm"]);
     if (const float* bias = floats(from["bias"])) {
       biases_.emplace_back(bias, bias + linear.n).resize(round_up(linear.n, kPanelRows));
@@ -253,6 +282,9 @@ NB_MODULE(_native, module) {
   module.def("ternary_matmul", &ternary_matmul, nb::arg("x").noconvert(), nb::arg("w_packed").noconvert(),
              nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
              "Fills out (T, N) with the exact sums of x (T, K) and w_packed (N/16, K/16, 64).");
+  module.def("ternary_linear", &ternary_linear, nb::arg("x").noconvert(), nb::arg("w_packed").noconvert(),
+             nb::arg("weight_scale").noconvert(), nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
+             "Fills out (T, padded N) with the products of x (T, K), quantised token by token, and scaled weights.");
   module.def("has_code_3", &has_code_3, nb::arg("bytes").noconvert(), "Whether a byte holds code 3, no ternary weight.");
   nb::class_<KeyValueCache>(module, "KeyValueCache")
       .def_ro("capacity", &KeyValueCache::capacity)

@@ -8,16 +8,16 @@
 namespace bitdistill {
 namespace {
 
-void finish(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, float weight_scale,
+void finish(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, const float* weight_scale,
             const float* bias, bool add, float* y, std::size_t stride) {
   for (int t = 0; t < tokens; ++t, sums += kPanelRows, y += stride) {
-    const float scale = scale_x[t] * weight_scale;
+    const Float8 scale = all8(scale_x[t]);
     const int32_t sum = sum_x[t];
     for (int half = 0; half < kPanelRows; half += 8) {
       Int8x32 integers;
       __builtin_memcpy(&integers, sums + half, sizeof integers);
       integers -= Int8x32{sum, sum, sum, sum, sum, sum, sum, sum};
-      Float8 values = __builtin_convertvector(integers, Float8) * all8(scale);
+      Float8 values = __builtin_convertvector(integers, Float8) * (scale * load8(weight_scale + half));
       if (bias != nullptr) values += load8(bias + half);
       if (add) values += load8(y + half);
       store8(y + half, values);

@@ -52,9 +52,9 @@ struct Kernels {
   // sums[r] = sum over k of (u >> 3) * x[k] for one panel of `scan`.
   void (*scan_panel)(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums);
 
-  // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale) + bias[r] for up to kTileTokens tokens x 16 rows,
+  // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale[r]) + bias[r] for up to kTileTokens tokens x 16 rows,
   // token t at y + t * stride; added to y instead where `add`. bias may be null.
-  void (*finish)(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, float weight_scale,
+  void (*finish)(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, const float* weight_scale,
                  const float* bias, bool add, float* y, std::size_t stride);
 
   // out = (weight + offset) * x / sqrt(mean(x^2) + eps), n elements. out may be x.

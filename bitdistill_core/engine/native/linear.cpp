@@ -16,26 +16,55 @@ struct Shares {
   int begin(int share) const { return int(int64_t(num_panels) * share / count()); }
 };
 
+// Up to kTileTokens tokens of one panel, to `out` (tokens, stride): integer_sums(block, sums) gives the integers of a
+// block, which are scaled and added up in float32, block after block.
+template <class IntegerSums>
+void add_blocks(const Kernels& kernels, const Product& product, int panel, int first, int tokens, float* out,
+                std::size_t stride, IntegerSums&& integer_sums) {
+  const Linear& linear = *product.linear;
+  const Int8Tokens& x = *product.x;
+  const float* bias = linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows;
+  alignas(32) int32_t sums[kTileTokens * kPanelRows];
+  alignas(32) float total[kTileTokens * kPanelRows];
+  // Added to a residual stream one by one, every block would be rounded to what that can hold.
+  const bool is_apart = product.add && linear.num_blocks > 1;
+  float* const to = is_apart ? total : out;
+  const std::size_t to_stride = is_apart ? kPanelRows : stride;
+  for (int block = 0; block < linear.num_blocks; ++block) {
+    integer_sums(block, sums);
+    kernels.finish(sums, tokens, x.sum.data() + std::size_t(block) * x.num_tokens + first, x.scale.data() + first,
+                   linear.scales(panel, block), block == 0 ? bias : nullptr, block > 0 || (product.add && !is_apart), to,
+                   to_stride);
+  }
+  for (int t = 0; t < tokens && is_apart; ++t) {
+    for (int r = 0; r < kPanelRows; ++r) out[t * stride + r] += total[t * kPanelRows + r];
+  }
+}
+
 // One panel of a product for few tokens, to `out` (tokens, stride).
 void stream_panel(const Kernels& kernels, const Product& product, int panel, float* out, std::size_t stride) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
-  alignas(32) int32_t sums[kStreamTokens * kPanelRows];
-  for (int t = 0; t < x.num_tokens; ++t) {
-    kernels.gemv_panel(linear.panel(panel), linear.num_lines(), x.x_int8.data() + std::size_t(t) * x.padded_k,
-                       sums + t * kPanelRows);
-  }
-  kernels.finish(sums, x.num_tokens, x.sum.data(), x.scale.data(), linear.weight_scale,
-                 linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows, product.add, out, stride);
+  const int lines = linear.block_lines();
+  add_blocks(kernels, product, panel, 0, x.num_tokens, out, stride, [&](int block, int32_t* sums) {
+    const std::size_t first_line = std::size_t(block) * lines;
+    for (int t = 0; t < x.num_tokens; ++t) {
+      kernels.gemv_panel(linear.panel(panel) + first_line * kLineBytes, lines,
+                         x.x_int8.data() + std::size_t(t) * x.padded_k + first_line * kLineK, sums + t * kPanelRows);
+    }
+  });
 }
 
-template <class Finish>
-void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, Finish&& after_tile) {
+// One panel of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile is called
+// after each.
+template <class OutOf, class AfterTile>
+void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, std::size_t stride,
+                OutOf&& out_of, AfterTile&& after_tile) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
   uint8_t* codes = scratch.codes.get(std::size_t(x.padded_k) * kPanelRows);
   kernels.unpack_panel(linear.panel(panel), linear.num_lines(), codes);
-  alignas(32) int32_t sums[kTileTokens * kPanelRows];
+  const int block_k = linear.block_lines() * kLineK;
   // The next panel comes from memory while this one is multiplied, a piece with every tile.
   const char* next = reinterpret_cast<const char*>(linear.panel(panel + 1));
   const int next_lines = panel + 1 < linear.num_panels() ? linear.num_lines() : 0;
@@ -44,33 +73,32 @@ void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product
       __builtin_prefetch(next + std::size_t(line) * kLineBytes);
     }
     const int first = tile * kTileTokens, tokens = std::min(kTileTokens, x.num_tokens - first);
-    kernels.gemm_tile(codes, x.x_int8.data() + std::size_t(first) * x.padded_k, x.padded_k / 4, sums);
-    after_tile(sums, first, tokens);
+    const int8_t* x_tile = x.x_int8.data() + std::size_t(first) * x.padded_k;
+    add_blocks(kernels, product, panel, first, tokens, out_of(first), stride, [&](int block, int32_t* sums) {
+      const std::size_t first_k = std::size_t(block) * block_k;
+      kernels.gemm_tile(codes + first_k * kPanelRows, x_tile + first_k * kTileTokens, block_k / 4, sums);
+    });
+    after_tile(first, tokens);
   }
 }
 
 void multiply_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel) {
-  if (!product.x->tiled()) {
-    return stream_panel(kernels, product, panel, product.out + panel * kPanelRows, product.stride);
-  }
-  const Linear& linear = *product.linear;
-  const Int8Tokens& x = *product.x;
-  tile_panel(kernels, scratch, product, panel, [&](const int32_t* sums, int first, int tokens) {
-    kernels.finish(sums, tokens, x.sum.data() + first, x.scale.data() + first, linear.weight_scale,
-                   linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows, product.add,
-                   product.out + first * product.stride + panel * kPanelRows, product.stride);
-  });
+  float* const out = product.out + panel * kPanelRows;
+  if (!product.x->tiled()) return stream_panel(kernels, product, panel, out, product.stride);
+  tile_panel(kernels, scratch, product, panel, product.stride,
+             [&](int first) { return out + first * product.stride; }, [](int, int) {});
 }
 
 }  // namespace
 
-void Int8Tokens::resize(int tokens, int k) {
+void Int8Tokens::resize(int tokens, int k, int blocks) {
   num_tokens = tokens;
   padded_k = round_up(k, kLineK);
+  num_blocks = blocks;
   const int rows = tiled() ? num_tiles() * kTileTokens : tokens;
   x_int8.get(std::size_t(rows) * padded_k);
   scale.get(tokens);
-  sum.get(tokens);
+  sum.get(std::size_t(blocks) * tokens);
   if (tiled() && tokens % kTileTokens != 0) {  // the last tile's missing tokens
     const std::size_t tile = std::size_t(kTileTokens) * padded_k;
     std::memset(x_int8.data() + (num_tiles() - 1) * tile, 0, tile);
@@ -87,9 +115,18 @@ void Int8Tokens::place(int token, int k, int8_t* row) {
   for (int step = 0; step < padded_k / 4; ++step) std::memcpy(out + step * kTileTokens * 4, row + step * 4, 4);
 }
 
+void Int8Tokens::sum_blocks(int token, const int8_t* row) {
+  const int block_k = padded_k / num_blocks;
+  for (int block = 0; block < num_blocks; ++block, row += block_k) {
+    int32_t total = 0;
+    for (int k = 0; k < block_k; ++k) total += row[k];
+    sum.data()[std::size_t(block) * num_tokens + token] = total;
+  }
+}
+
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
-                     int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out) {
-  out.resize(num_tokens, k);
+                     int num_blocks, int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out) {
+  out.resize(num_tokens, k, num_blocks);
   const auto quantize = [&](int token, int thread) {
     const float* row = x + token * stride;
     float* normed = scratch[thread].row.get(k);
@@ -104,6 +141,7 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
     int8_t* row_int8 = scratch[thread].row_int8.get(out.padded_k);
     out.scale.data()[token] = kernels.quantize(row, k, row_int8, out.sum.data() + token);
     out.place(token, k, row_int8);
+    if (num_blocks > 1) out.sum_blocks(token, row_int8);
   };
   if (num_tokens <= kStreamTokens) {  // shorter than handing it out
     for (int token = 0; token < num_tokens; ++token) quantize(token, 0);
@@ -154,13 +192,8 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
     }
     for (int panel = begin; panel < end; ++panel) {
       multiply_panel(kernels, scratch[thread], gate, panel);
-      const Int8Tokens& x = *up.x;
-      const float* bias = up.linear->bias == nullptr ? nullptr : up.linear->bias + panel * kPanelRows;
-      tile_panel(kernels, scratch[thread], up, panel, [&](const int32_t* sums, int first, int tokens) {
-        kernels.finish(sums, tokens, x.sum.data() + first, x.scale.data() + first, up.linear->weight_scale, bias, false,
-                       up_tile, kPanelRows);
-        finish(panel, first, tokens);
-      });
+      tile_panel(kernels, scratch[thread], up, panel, kPanelRows, [&](int) { return up_tile; },
+                 [&](int first, int tokens) { finish(panel, first, tokens); });
     }
   });
 }

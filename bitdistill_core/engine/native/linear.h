@@ -39,32 +39,42 @@ class Buffer {
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// y = weight_scale * w_ternary @ x + bias, x normed first where `input_norm` is given (SubLN).
+// y = (weight_scale * w_ternary) @ x + bias, x normed first where `input_norm` is given (SubLN).
+//
+// A row is num_blocks blocks of the same number of weights, each with a scale of its own; several blocks are of whole
+// lines. weight_scale is (num_panels, num_blocks, 16); where scale_stride is 0, one panel's stand for all of them.
 struct Linear {
   const uint8_t* w_packed = nullptr;
-  float weight_scale = 0;
+  const float* weight_scale = nullptr;
+  std::size_t scale_stride = 0;       // from panel to panel
+  int num_blocks = 1;
   const float* bias = nullptr;        // padded to 16
   const float* input_norm = nullptr;  // (k,)
   int n = 0, k = 0;
 
   int num_panels() const { return (n + kPanelRows - 1) / kPanelRows; }
   int num_lines() const { return (k + kLineK - 1) / kLineK; }
+  int block_lines() const { return num_lines() / num_blocks; }
   const uint8_t* panel(int index) const { return w_packed + std::size_t(index) * num_lines() * kLineBytes; }
+  const float* scales(int panel, int block) const { return weight_scale + panel * scale_stride + block * kPanelRows; }
 };
 
 // x_int8 of a chunk: row after row for up to kStreamTokens tokens, in tiles of kTileTokens otherwise.
 struct Int8Tokens {
   Buffer<int8_t> x_int8;
   Buffer<float> scale;   // activation_scale
-  Buffer<int32_t> sum;   // of x_int8
+  Buffer<int32_t> sum;   // of x_int8, (num_blocks, num_tokens)
   int num_tokens = 0;
   int padded_k = 0;
+  int num_blocks = 1;
 
   bool tiled() const { return num_tokens > kStreamTokens; }
   int num_tiles() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
-  void resize(int tokens, int k);
+  void resize(int tokens, int k, int num_blocks);
   // Places one token's row; its padding is cleared. `row` has round_up(k, 16) elements, which this may overwrite.
   void place(int token, int k, int8_t* row);
+  // Sums up each block of a row that was placed.
+  void sum_blocks(int token, const int8_t* row);
 };
 
 // Scratch of one thread.
@@ -92,9 +102,10 @@ struct Norm {
   float eps = 0;
 };
 
-// Quantises tokens of x (num_tokens, stride), k elements each, normed by `outer`, then by `inner`.
+// Quantises tokens of x (num_tokens, stride) for linears of k columns in num_blocks blocks, normed by `outer`, then by
+// `inner`.
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
-                     int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out);
+                     int num_blocks, int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out);
 
 // All products at once, their panels shared out over the team.
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products);

@@ -20,6 +20,7 @@ double median(std::vector<double> values) {
 
 // A packed matrix of pseudo-random codes and INT8 activations to multiply it with.
 struct Case {
+  float weight_scale[kPanelRows];
   Buffer<uint8_t> packed;
   Buffer<float> x, out;
   Linear linear;
@@ -29,7 +30,8 @@ struct Case {
   Case(Team& team, const Kernels& kernels, int n, int k, int num_tokens) : scratch(team.num_threads()) {
     linear.n = n;
     linear.k = k;
-    linear.weight_scale = 1;
+    std::fill_n(weight_scale, kPanelRows, 1.0f);
+    linear.weight_scale = weight_scale;
     const std::size_t bytes = std::size_t(linear.num_panels()) * linear.num_lines() * kLineBytes;
     uint8_t* data = packed.get(bytes);
     uint64_t state = 88172645463325252u;
@@ -40,7 +42,7 @@ struct Case {
     linear.w_packed = data;
     float* values = x.get(std::size_t(num_tokens) * k);
     for (std::size_t i = 0; i < std::size_t(num_tokens) * k; ++i) values[i] = float(i % 255) - 127;
-    quantize_tokens(team, kernels, scratch.data(), values, k, k, num_tokens, Norm{}, Norm{}, tokens);
+    quantize_tokens(team, kernels, scratch.data(), values, k, k, 1, num_tokens, Norm{}, Norm{}, tokens);
     out.get(std::size_t(num_tokens) * round_up(n, kPanelRows));
   }
 

@@ -205,10 +205,11 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   float *const q = rows, *const k = q + count * q_stride, *const v = k + count * kv_stride;
   Scratch* scratch = space.scratch.data();
   const auto norm = [&](const float* weight) { return Norm{weight, config.norm_offset, config.norm_eps}; };
-  const auto sub_norm = [&](const Linear& linear) { return Norm{linear.input_norm, 0, config.sub_norm_eps}; };
-  const auto quantize = [&](const float* from, std::size_t stride, int size, const Norm& outer, const Norm& inner,
+  // What `linear` multiplies, and any other of its input and blocks that has no norm of its own.
+  const auto quantize = [&](const float* from, std::size_t stride, const Norm& outer, const Linear& linear,
                             Int8Tokens& to) {
-    quantize_tokens(team_, kernels, scratch, from, stride, size, count, outer, inner, to);
+    const Norm inner{linear.input_norm, 0, config.sub_norm_eps};
+    quantize_tokens(team_, kernels, scratch, from, stride, linear.k, linear.num_blocks, count, outer, inner, to);
   };
   // A linear that adds to the residual stream, normed on its way there in Gemma.
   const auto add_branch = [&](const Linear& linear, const float* post_norm) {
@@ -229,12 +230,10 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   const Norm input = norm(layer.norms.input);
   const bool own_norms = layer.k.input_norm != nullptr;  // SubLN in every linear: each quantises for itself
   const bool has_queries = part != Part::kKeysAndValues, has_keys = part != Part::kQueries;
-  if (has_queries || !own_norms) {
-    quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.q), space.normed);
-  }
+  if (has_queries || !own_norms) quantize(x, hidden_stride, input, layer.q, space.normed);
   if (has_keys && own_norms) {
-    quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.k), space.normed_k);
-    quantize(x, hidden_stride, config.hidden_size, input, sub_norm(layer.v), space.normed_v);
+    quantize(x, hidden_stride, input, layer.k, space.normed_k);
+    quantize(x, hidden_stride, input, layer.v, space.normed_v);
   }
   const Product projections[] = {{&layer.q, &space.normed, q, q_stride, false},
                                  {&layer.k, own_norms ? &space.normed_k : &space.normed, k, kv_stride, false},
@@ -244,15 +243,15 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   if (!has_queries) return;
   attend(space, batch, layer_index, tokens);
 
-  quantize(q, q_stride, layer.o.k, Norm{}, sub_norm(layer.o), space.normed);
+  quantize(q, q_stride, Norm{}, layer.o, space.normed);
   add_branch(layer.o, config.has_feedforward_norms ? layer.norms.post_attention : nullptr);
 
   const Norm before = norm(config.has_feedforward_norms ? layer.norms.pre_feedforward : layer.norms.post_attention);
-  quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.gate), space.normed);
-  if (own_norms) quantize(x, hidden_stride, config.hidden_size, before, sub_norm(layer.up), space.normed_k);
+  quantize(x, hidden_stride, before, layer.gate, space.normed);
+  if (own_norms) quantize(x, hidden_stride, before, layer.up, space.normed_k);
   multiply_gated(team_, kernels, scratch, {&layer.gate, &space.normed, rows, inner_stride, false},
                  {&layer.up, own_norms ? &space.normed_k : &space.normed, nullptr, 0, false}, config.activation);
-  quantize(rows, inner_stride, layer.down.k, Norm{}, sub_norm(layer.down), space.normed);
+  quantize(rows, inner_stride, Norm{}, layer.down, space.normed);
   add_branch(layer.down, config.has_feedforward_norms ? layer.norms.post_feedforward : nullptr);
 }
 

@@ -1,0 +1,100 @@
+"""Which tensors a packed file holds, and the checks of their names, shapes and values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
+from bitdistill_core.panels import LINE_K, packed_shape, rest_shape, scan_shape
+
+TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
+
+UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
+
+Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+
+def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError, naming `source`, unless `tensors` are those of `config`."""
+    expected = _expected_tensors(config)
+    scales = [f"{name}.weight_scale" for name in linear_layers(config)]
+    missing = [name for name in (*expected, *scales, *BLOBS) if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors that its config calls for; first missing tensor={missing[0]}"
+        )
+    known = {*expected, *scales, *BLOBS}
+    unexpected = [name for name in tensors if name not in known]
+    if unexpected:
+        raise ValueError(
+            f"{source} has {len(unexpected)} tensors unknown to its config; first unexpected tensor={unexpected[0]}"
+        )
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(
+                f"{source} does not fit its config: tensor={name} needs dtype={dtype} shape={shape}; "
+                f"got dtype={tensor.dtype} shape={tensor.shape}"
+            )
+    _check_scales(source, config, tensors)
+
+
+def check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError, naming `source`, when a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == FLOAT32 and not np.isfinite(tensor).all():
+            raise ValueError(
+                f"a packed model holds finite numbers only; got NaN or infinity in tensor={name} ({source})"
+            )
+
+
+def _expected_tensors(config: EngineConfig) -> Expected:
+    """Name to dtype and shape of every tensor of a packed file but the weight scales and the blobs."""
+    expected: Expected = {}
+    for name, linear in linear_layers(config).items():
+        expected[f"{name}.w_packed"] = UINT8, packed_shape(linear.n, linear.k)
+        if linear.has_bias:
+            expected[f"{name}.bias"] = FLOAT32, (linear.n,)
+        if linear.has_input_norm:
+            expected[f"{name}.input_norm.weight"] = FLOAT32, (linear.k,)
+    for name, size in norm_layers(config).items():
+        expected[f"{name}.weight"] = FLOAT32, (size,)
+    for name in ("model.embed_tokens",) if config.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
+        expected[f"{name}.scan"] = UINT8, scan_shape(config.vocab_size, config.hidden_size)
+        expected[f"{name}.rest"] = UINT8, rest_shape(config.vocab_size, config.hidden_size)
+        for scalars in ("row_scale", "row_norm", "rest_norm"):
+            expected[f"{name}.{scalars}"] = FLOAT32, (config.vocab_size,)
+    return expected
+
+
+def _check_scales(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Every scale is (), (N,) or (N, K / block_size), with one block size for all layers: some share an input."""
+    first: tuple[str, int | None] | None = None
+    for name, layer in linear_layers(config).items():
+        scale = tensors[f"{name}.weight_scale"]
+        block_size = None
+        if scale.dtype != FLOAT32 or not (
+            scale.shape in ((), (layer.n,)) or _is_of_blocks(scale.shape, layer.n, layer.k)
+        ):
+            raise ValueError(
+                f"{source} does not fit its config: tensor={name}.weight_scale needs dtype=float32 and shape=(), "
+                f"({layer.n},) or ({layer.n}, a divisor of {layer.k}); got dtype={scale.dtype} shape={scale.shape}"
+            )
+        if scale.ndim == 2:
+            block_size = layer.k // scale.shape[1]
+            if block_size % LINE_K:
+                raise ValueError(
+                    f"weights that share a scale are packed in blocks of a multiple of {LINE_K}; got linear={name} "
+                    f"k={layer.k} block_size={block_size} ({source}); choose another block size for the student"
+                )
+        first = first or (name, block_size)
+        if block_size != first[1]:
+            raise ValueError(
+                f"a packed model has one block size; got linear={first[0]} block_size={first[1]} and linear={name} "
+                f"block_size={block_size} ({source}); quantise every layer alike"
+            )
+
+
+def _is_of_blocks(shape: tuple[int, ...], n: int, k: int) -> bool:
+    return len(shape) == 2 and shape[0] == n and shape[1] > 0 and k % shape[1] == 0

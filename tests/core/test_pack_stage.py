@@ -1,0 +1,69 @@
+"""Real students, packed: the file holds the weights of their forward pass and the engine repeats their logits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.engine.model import Engine
+from bitdistill_core.panels import unpack_ternary
+from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.weight import WeightQuantizer
+from bitdistill_core.stages.pack import pack_model
+from bitdistill_core.surgery import operate
+from tests.core.conftest import build
+from tests.core.test_engine import relative_error, tokenizer_json
+
+QUANTIZERS = [
+    WeightQuantizer("ternary", "tensor"),
+    WeightQuantizer("ternary", "row"),
+    WeightQuantizer("ternary", "block", 16),
+    WeightQuantizer("binary", "tensor"),
+    WeightQuantizer("binary", "row"),
+    WeightQuantizer("binary", "block", 16),
+]
+TASK: dict[str, object] = {"name": "mood", "kind": "classification"}
+
+
+def student_of(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
+    """A student with random weights, its embeddings on the INT8 grid as distill leaves them."""
+    student = build(model_type)
+    operate(student, subln="output", sub_norm_eps=1e-6, quantizer=quantizer)
+    student.config.bitdistill = {"subln": "output", "sub_norm_eps": 1e-6, "skip_modules": []}
+    for embedding in {student.get_input_embeddings(), student.get_output_embeddings()}:
+        weight = embedding.weight.data
+        codes, scale = quantize_rows(weight)
+        weight.copy_(codes * scale[:, None])
+    return student
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: f"{q.grid}-{q.granularity}")
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_every_weight_quantizer_of_a_student_is_packed(
+    tmp_path: Path, model_type: str, quantizer: WeightQuantizer
+) -> None:
+    student = student_of(model_type, quantizer)
+    pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK)
+    engine = Engine.load(tmp_path / "m", num_threads=1)
+    tensors = engine.model.tensors
+    for name, layer in student.named_modules():
+        if isinstance(layer, BitLinear):
+            codes = unpack_ternary(tensors[f"{name}.w_packed"], *layer.weight.shape)
+            scale = tensors[f"{name}.weight_scale"]
+            by_block = scale.reshape(len(codes), -1) if scale.ndim else scale.reshape(1, 1)
+            weight = np.repeat(by_block, codes.shape[1] // by_block.shape[1], axis=1) * codes
+            np.testing.assert_array_equal(weight, layer.quantized_weight().numpy())
+    ids = [5, 60, 3, 3, 17, 42, 88, 9]
+    expected = student(torch.tensor([ids])).logits[0].numpy()
+    assert relative_error(engine.logits(ids), expected) < 0.02  # an activation near a tie may round either way
+
+
+def test_a_block_that_is_no_multiple_of_16_is_named_with_its_layer(tmp_path: Path) -> None:
+    student = student_of("qwen3", WeightQuantizer("ternary", "block", 8))
+    with pytest.raises(ValueError, match=r"a multiple of 16; got linear=model\.layers\.0\.self_attn\.q_proj .*size=8"):
+        pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK)
+    assert not (tmp_path / "m").exists()
