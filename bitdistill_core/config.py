@@ -212,6 +212,7 @@ class PackConfig(Section):
     """params.yaml section `pack`."""
 
     verify_examples: int = Field(ge=1)  # prompts on which the packed model must repeat the student's prediction
+    encoding: Literal["2bit", "base3"]  # of the ternary codes in the file: four or five a byte
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,8 @@ address of a memory map; bitdistill_core.panels describes their bytes. Metadata:
 engine.config.EngineConfig), config_sha256, checksums (JSON, tensor name to the SHA-256 of its bytes), created_by.
 Tensors, by Hugging Face's module names:
 
-    <linear>.w_packed uint8, [<linear>.bias fp32 (N,)], [<linear>.input_norm.weight fp32 (K,)]
+    <linear>.w_packed uint8, or <linear>.w_base3 uint8 in a file of encoding base3, which the engine expands
+    [<linear>.bias fp32 (N,)], [<linear>.input_norm.weight fp32 (K,)]
     <linear>.weight_scale fp32: (), (N,) one a row, or (N, G) one for each G-th of a row, K / G a multiple of 16 and the
     same in every layer of the file
     <embedding>.scan uint8, <embedding>.rest uint8, <embedding>.row_scale fp32 (V,), and for the output head's bounds
@@ -31,8 +32,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import EngineConfig, linear_layers
-from bitdistill_core.engine.tensors import FLOAT32, TASK, TOKENIZER, UINT8, check_finite, check_tensors
-from bitdistill_core.panels import LINE_BYTES, pack_int8_rows, pack_ternary
+from bitdistill_core.engine.tensors import (
+    FLOAT32,
+    TASK,
+    TOKENIZER,
+    UINT8,
+    Encoding,
+    check_finite,
+    check_tensors,
+    encoding_of,
+)
+from bitdistill_core.panels import LINE_BYTES, pack_base3, pack_int8_rows, pack_ternary
 
 FORMAT = "bitdistill"
 FORMAT_VERSION = "3"
@@ -74,6 +84,19 @@ class PackedModel:
     created_by: str
 
     @property
+    def encoding(self) -> Encoding:
+        """How the file holds ternary codes."""
+        return encoding_of(self.tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's values, read and not mapped: what is used once does not stay in memory."""
+        tensor = self.tensors[name]
+        content = os.pread(self.file.fileno(), tensor.nbytes, self.offsets[name])
+        if len(content) < tensor.nbytes:
+            raise ValueError(f"path={self.path} was truncated while it was read; copy or pack it again")
+        return np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
+
+    @property
     def task(self) -> dict[str, Any] | None:
         """What the model was trained for: name, kind, prompt, label_words."""
         task: dict[str, Any] | None = json.loads(self.tensors[TASK].tobytes())
@@ -89,6 +112,7 @@ def write_student(
     norms: Mapping[str, NDArray[np.float32]],
     tokenizer_json: bytes,
     task: Mapping[str, Any] | None = None,
+    encoding: Encoding = "2bit",
     created_by: str,
 ) -> None:
     """Writes the packed file at `path`, or leaves what was there: a crash never shows half a file.
@@ -99,6 +123,7 @@ def write_student(
         embeddings: `model.embed_tokens`, and `lm_head` unless it is tied.
         norms: weights by module name, `model.norm`, without SubLN (that is `TernaryLinear.input_norm`).
         task: what the model was trained for: name, kind, prompt, label_words.
+        encoding: of the ternary codes. base3 makes a smaller file that takes longer to load and runs the same.
         created_by: who wrote it, with version: `bitdistill 0.1.0`.
     Raises:
         ValueError: a tensor missing, unexpected, of another shape than `config` says, or with NaN or infinity; blocks
@@ -108,7 +133,11 @@ def write_student(
     shapes = {name: (layer.n, layer.k) for name, layer in linear_layers(engine).items()}
     tensors: dict[str, np.ndarray] = {}
     for name, linear in linears.items():
-        tensors[f"{name}.w_packed"] = _packed(name, linear.w_ternary, shapes.get(name))
+        w_packed = _packed(name, linear.w_ternary, shapes.get(name))
+        if encoding == "base3":
+            tensors[f"{name}.w_base3"] = pack_base3(w_packed)
+        else:
+            tensors[f"{name}.w_packed"] = w_packed
         tensors[f"{name}.weight_scale"] = _float32(linear.weight_scale)
         if linear.bias is not None:
             tensors[f"{name}.bias"] = _float32(linear.bias)
@@ -207,12 +236,12 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
                 raise ValueError(
                     f"path={path} is corrupted: the checksum of tensor={name} differs; copy or pack it again"
                 )
+    model = PackedModel(path, config, tensors, offsets, file, metadata["created_by"])
     # Likewise, one at a time: the norms of a whole vocabulary are not needed to classify.
     for name, tensor in tensors.items():
         if tensor.dtype == np.float32:
-            values = np.frombuffer(os.pread(file.fileno(), tensor.nbytes, offsets[name]), np.float32)
-            check_finite(f"path={path}", {name: values})
-    return PackedModel(path, config, tensors, offsets, file, metadata["created_by"])
+            check_finite(f"path={path}", {name: model.read(name)})
+    return model
 
 
 def _digest(descriptor: int, offset: int, size: int) -> str:

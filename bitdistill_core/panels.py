@@ -18,6 +18,12 @@ Ternary weights, uint8 (ceil(N / 16), ceil(K / 16), 64), for codes w_ternary + 1
         code(k = j) + 4 code(k = 4 + j) + 16 code(k = 8 + j) + 64 code(k = 12 + j)   of row r, k counted from 16 S.
     Rows and columns beyond N and K have code 1 (weight 0): a line of padding is 64 times 0x55.
 
+Five codes a byte, in files only: `w_base3`, uint8 (4 ceil(B / 5),) for the B bytes of `w_packed` in their order:
+
+    w_base3[4 g + p] = sum over i = 0..4 of 3^i * (code in plane p of byte 5 g + i),   at most 242
+
+    So the four planes of five bytes are four bytes. Bytes beyond B are taken for padding, code 1.
+
 INT8 rows, u = w_int8 + 128, split so that the output head can scan five bits of every row and read the other three of
 the few rows that matter. V rows of D columns, both padded with u = 128, in groups of 32 columns:
 
@@ -27,18 +33,29 @@ the few rows that matter. V rows of D columns, both padded with u = 128, in grou
     rest, uint8 (V, ceil(D / 32), 12): bits 0, 1 and 2 of u, four bytes each, laid out as row r of the bit line
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 PANEL_ROWS, LINE_K, LINE_BYTES = 16, 16, 64
 GROUP_K, SCAN_GROUP_BYTES, REST_GROUP_BYTES = 32, 320, 12
 
+BASE3_CODES, BASE3_VALUES = 5, 3**5  # codes of a byte, and how many values it may have
+PADDING = 0x55  # a byte of `w_packed` that holds four codes 1
+
 BLOCK_PANELS = 1024  # panels of INT8 rows coded at once
+BLOCK_GROUPS = 1 << 15  # groups of five bytes expanded at once: what stays in the cache
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int]:
     """Shape of `w_packed` for N = n rows of K = k columns."""
     return -(-n // PANEL_ROWS), -(-k // LINE_K), LINE_BYTES
+
+
+def base3_shape(n: int, k: int) -> tuple[int]:
+    """Shape of `w_base3` for N = n rows of K = k columns."""
+    return (-(-math.prod(packed_shape(n, k)) // BASE3_CODES) * 4,)
 
 
 def scan_shape(vocab_size: int, size: int) -> tuple[int, int, int]:
@@ -80,6 +97,56 @@ def unpack_ternary(w_packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.in
     if (codes == 3).any():
         raise ValueError("w_packed holds code 3, which is no ternary weight; the bytes are corrupted; pack it again")
     return codes.astype(np.int8) - 1
+
+
+def pack_base3(w_packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`w_base3` of `w_packed`."""
+    groups = np.full((-(-w_packed.size // BASE3_CODES), BASE3_CODES), PADDING, np.uint8)
+    groups.reshape(-1)[: w_packed.size] = w_packed.reshape(-1)
+    w_base3 = np.zeros((len(groups), 4), np.uint8)
+    for plane in range(4):
+        for i in range(BASE3_CODES):
+            w_base3[:, plane] += (groups[:, i] >> 2 * plane & 3) * np.uint8(3**i)
+    return w_base3.reshape(-1)
+
+
+def unpack_base3(w_base3: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint8]:
+    """The `w_packed` of N = n by K = k that `pack_base3` was given, on a 64-byte address.
+
+    Raises:
+        ValueError: another shape, or a byte that no five codes give.
+    """
+    if w_base3.shape != base3_shape(n, k):
+        raise ValueError(f"w_base3 of n={n} k={k} has shape {base3_shape(n, k)}; got shape={w_base3.shape}")
+    if w_base3.max() >= BASE3_VALUES:
+        raise ValueError(
+            f"five ternary codes are a byte below {BASE3_VALUES}; got byte={w_base3.max()}; the bytes are corrupted; "
+            "pack it again"
+        )
+    planes = w_base3.reshape(-1, 4)
+    buffer = np.empty(len(planes) * BASE3_CODES + LINE_BYTES, np.uint8)
+    expanded = buffer[-buffer.ctypes.data % LINE_BYTES :][: len(planes) * BASE3_CODES]
+    groups = expanded.reshape(-1, BASE3_CODES)
+    for begin in range(0, len(planes), BLOCK_GROUPS):
+        block = planes[begin : begin + BLOCK_GROUPS]
+        words = _WORDS[0].take(block[:, 0])
+        for plane in range(1, 4):
+            words |= _WORDS[plane].take(block[:, plane])
+        groups[begin : begin + BLOCK_GROUPS] = words.view(np.uint8).reshape(-1, 8)[:, :BASE3_CODES]
+    shape = packed_shape(n, k)
+    return expanded[: math.prod(shape)].reshape(shape)
+
+
+def _base3_words() -> NDArray[np.uint64]:
+    """(4, 243) for each plane and byte of `w_base3`: its five codes in that plane of the word's bytes 0 to 4."""
+    words = np.zeros((4, BASE3_VALUES), "<u8")
+    for plane in range(4):
+        for i in range(BASE3_CODES):
+            words[plane] |= (np.arange(BASE3_VALUES, dtype=np.uint64) // 3**i % 3) << np.uint64(8 * i + 2 * plane)
+    return words
+
+
+_WORDS = _base3_words()
 
 
 def panel_scales(weight_scale: NDArray[np.float32], n: int) -> NDArray[np.float32]:

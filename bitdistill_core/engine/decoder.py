@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
 from bitdistill_core.engine.kernels import _native
 from bitdistill_core.packing import PackedModel
-from bitdistill_core.panels import panel_scales
+from bitdistill_core.panels import panel_scales, unpack_base3
 
 Floats = NDArray[np.float32]
 
@@ -22,12 +22,9 @@ class Decoder:
 
     def __init__(self, model: PackedModel, *, kernel: str, num_threads: int) -> None:
         self.model = model  # keeps the map and the file
-        config, tensors = model.config, model.tensors
-        for name, tensor in tensors.items():
-            if name.endswith(".w_packed") and _native.has_code_3(tensor.reshape(-1)):
-                raise ValueError(
-                    f"path={model.path} is corrupted: tensor={name} holds code 3, no ternary weight; pack it again"
-                )
+        config = model.config
+        self.linears = _linear_arrays(model)
+        tensors = model.tensors | self.linears
         embedding = _rows(model, "model.embed_tokens")
         self._native = _native.Model(
             config=_native_config(config),
@@ -109,6 +106,30 @@ def _llama3_frequencies(frequencies: Floats, rope: dict[str, Any]) -> Floats:
     return np.where(wavelengths < context / high, frequencies, slowed).astype(np.float32)
 
 
+def _linear_arrays(model: PackedModel) -> dict[str, np.ndarray]:
+    """By tensor name, `w_packed` and `weight_scale` of every linear layer as the kernels read them.
+
+    Codes are views of the map, or expanded from base3, a layer at a time; scales are copies.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, linear in linear_layers(model.config).items():
+        if model.encoding == "base3":
+            try:
+                w_packed = unpack_base3(model.read(f"{name}.w_base3"), linear.n, linear.k)
+            except ValueError as error:
+                raise ValueError(f"path={model.path}: {error} (tensor={name}.w_base3)") from None
+        else:
+            w_packed = model.tensors[f"{name}.w_packed"]
+            if _native.has_code_3(w_packed.reshape(-1)):
+                raise ValueError(
+                    f"path={model.path} is corrupted: tensor={name}.w_packed holds code 3, no ternary weight; pack it "
+                    "again"
+                )
+        arrays[f"{name}.w_packed"] = w_packed
+        arrays[f"{name}.weight_scale"] = panel_scales(model.read(f"{name}.weight_scale"), linear.n)
+    return arrays
+
+
 def _native_config(config: EngineConfig) -> dict[str, Any]:
     fields = config.to_dict()
     fields["final_logit_softcapping"] = config.final_logit_softcapping or 0.0
@@ -138,7 +159,7 @@ def _native_layers(config: EngineConfig, tensors: dict[str, np.ndarray]) -> list
 def _native_linear(name: str, linear: LinearLayer, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
         "w_packed": tensors[f"{name}.w_packed"],
-        "weight_scale": panel_scales(tensors[f"{name}.weight_scale"], linear.n),
+        "weight_scale": tensors[f"{name}.weight_scale"],
         "bias": tensors.get(f"{name}.bias"),
         "input_norm": tensors.get(f"{name}.input_norm.weight"),
         "n": linear.n,

@@ -1,4 +1,4 @@
-"""Which pages of a packed file are resident in this process, by part of the model. Linux."""
+"""Which pages of a packed model are resident in this process, by part of the model. Linux."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ PRESENT = np.uint64(1 << 63)
 
 def part_of(name: str) -> str:
     """The part of a model that a tensor belongs to."""
-    if name.endswith(".w_packed"):
+    if name.endswith((".w_packed", ".w_base3")):
         return "ternary_weights"
     if name.startswith(("model.embed_tokens.", "lm_head.")):
         return "embedding" if name.startswith("model.") else "lm_head"

@@ -175,7 +175,7 @@ class Engine:
         return until_stop(self.tokenizer.stream(ids, new_ids), stop)
 
     def info(self) -> dict[str, Any]:
-        """Architecture, parameters, bytes by part, kernel and threads."""
+        """Architecture, parameters, encoding and bytes of the file by part, kernel and threads."""
         tensors = self.model.tensors
         linears = linear_layers(self.config).values()
         dense = sum(tensor.size for name, tensor in tensors.items() if name.endswith((".weight", ".bias")))
@@ -186,6 +186,7 @@ class Engine:
             "model_type": self.config.model_type,
             "num_layers": self.config.num_hidden_layers,
             "subln": self.config.subln,
+            "encoding": self.model.encoding,
             "num_parameters": ternary_parameters + embedding_parameters + dense,
             "num_ternary_parameters": ternary_parameters,
             "bytes": bytes_by_part(tensors),
@@ -196,8 +197,8 @@ class Engine:
         }
 
     def resident(self) -> dict[str, int]:
-        """Bytes of each part of the file in this process's memory now."""
-        return resident_by_part(self.model.tensors)
+        """Bytes of each part of the model in this process's memory now."""
+        return resident_by_part(self.model.tensors | self._decoder.linears)
 
     def _hidden(
         self, sequences: Sequence[Ids], branches: Sequence[Sequence[Ids]] | None = None

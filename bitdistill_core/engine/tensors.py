@@ -1,23 +1,29 @@
 """Which tensors a packed file holds, and the checks of their names, shapes and values."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
-from bitdistill_core.panels import LINE_K, packed_shape, rest_shape, scan_shape
+from bitdistill_core.panels import LINE_K, base3_shape, packed_shape, rest_shape, scan_shape
 
 TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
 
 UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 
+Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with five of them a byte
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+
+def encoding_of(tensors: Mapping[str, np.ndarray]) -> Encoding:
+    """How the tensors of a packed file hold ternary codes."""
+    return "base3" if any(name.endswith(".w_base3") for name in tensors) else "2bit"
 
 
 def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError, naming `source`, unless `tensors` are those of `config`."""
-    expected = _expected_tensors(config)
+    expected = _expected_tensors(config, encoding_of(tensors))
     scales = [f"{name}.weight_scale" for name in linear_layers(config)]
     missing = [name for name in (*expected, *scales, *BLOBS) if name not in tensors]
     if missing:
@@ -49,11 +55,14 @@ def check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def _expected_tensors(config: EngineConfig) -> Expected:
+def _expected_tensors(config: EngineConfig, encoding: Encoding) -> Expected:
     """Name to dtype and shape of every tensor of a packed file but the weight scales and the blobs."""
     expected: Expected = {}
     for name, linear in linear_layers(config).items():
-        expected[f"{name}.w_packed"] = UINT8, packed_shape(linear.n, linear.k)
+        if encoding == "base3":
+            expected[f"{name}.w_base3"] = UINT8, base3_shape(linear.n, linear.k)
+        else:
+            expected[f"{name}.w_packed"] = UINT8, packed_shape(linear.n, linear.k)
         if linear.has_bias:
             expected[f"{name}.bias"] = FLOAT32, (linear.n,)
         if linear.has_input_norm:

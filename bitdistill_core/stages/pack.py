@@ -1,4 +1,4 @@
-"""Stage `pack`: a student's latent weights as 2-bit codes, in one file that the CPU engine maps into memory.
+"""Stage `pack`: a student's latent weights as ternary codes, in one file that the CPU engine maps into memory.
 
 Writes model.bitdistill and verifies it: the packed model must repeat the student's prediction.
 """
@@ -18,6 +18,7 @@ from bitdistill_core.config import PackConfig
 from bitdistill_core.data import encode_prompt
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.engine.model import Engine
+from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.losses import head_logits
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
@@ -51,6 +52,7 @@ def run(
         tokenizer.backend_tokenizer.to_str().encode(),
         out_dir / PACKED,
         task={"name": task.name, "kind": task.kind, "prompt": task.prompt, "label_words": task.label_words},
+        encoding=config.encoding,
     )
     engine = Engine.load(out_dir / PACKED)
     table = pq.read_table(examples_path(inputs.data, task.eval_splits[0]), columns=["prompt"])
@@ -82,7 +84,14 @@ def run(
     return metrics
 
 
-def pack_model(student: PreTrainedModel, tokenizer_json: bytes, path: Path, *, task: dict[str, object]) -> None:
+def pack_model(
+    student: PreTrainedModel,
+    tokenizer_json: bytes,
+    path: Path,
+    *,
+    task: dict[str, object],
+    encoding: Encoding,
+) -> None:
     """Quantises the latent weights of `student` and writes the packed file at `path`.
 
     Raises:
@@ -113,6 +122,7 @@ def pack_model(student: PreTrainedModel, tokenizer_json: bytes, path: Path, *, t
         norms=norms,
         tokenizer_json=tokenizer_json,
         task=task,
+        encoding=encoding,
         created_by=f"bitdistill {__version__}",
     )
 

@@ -16,6 +16,7 @@ from bitdistill_core.engine.config import engine_config
 from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.engine.sampling import Sampling, choose_token
+from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from tests.core.test_engine_config import ARCHITECTURES, BOS, COMMON, EOS, VOCAB_SIZE
@@ -103,6 +104,7 @@ def write_reference(
     *,
     grid: str = "ternary",
     granularity: str = "tensor",
+    encoding: Encoding = "2bit",
     with_eos: bool = False,
 ) -> PreTrainedModel:
     """Packs a reference student at `path`; the returned model has the file's rounded embeddings."""
@@ -128,6 +130,7 @@ def write_reference(
         embeddings=embeddings,
         norms=norms,
         tokenizer_json=tokenizer_json(),
+        encoding=encoding,
         created_by="test 1",
     )
     return model

@@ -47,7 +47,7 @@ def test_every_weight_quantizer_of_a_student_is_packed(
     tmp_path: Path, model_type: str, quantizer: WeightQuantizer
 ) -> None:
     student = student_of(model_type, quantizer)
-    pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK)
+    pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK, encoding="2bit")
     engine = Engine.load(tmp_path / "m", num_threads=1)
     tensors = engine.model.tensors
     for name, layer in student.named_modules():
@@ -65,5 +65,5 @@ def test_every_weight_quantizer_of_a_student_is_packed(
 def test_a_block_that_is_no_multiple_of_16_is_named_with_its_layer(tmp_path: Path) -> None:
     student = student_of("qwen3", WeightQuantizer("ternary", "block", 8))
     with pytest.raises(ValueError, match=r"a multiple of 16; got linear=model\.layers\.0\.self_attn\.q_proj .*size=8"):
-        pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK)
+        pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK, encoding="2bit")
     assert not (tmp_path / "m").exists()

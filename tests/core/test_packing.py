@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from bitdistill_core import packing
 from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
 from bitdistill_core.packing import Int8Rows, TernaryLinear, read_packed, write_student
-from bitdistill_core.panels import unpack_int8_rows, unpack_ternary
+from bitdistill_core.panels import unpack_base3, unpack_int8_rows, unpack_ternary
 
 TINY = {
     "model_type": "qwen3",
@@ -38,7 +38,9 @@ TINY = {
 WHOLE_LINES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 
 
-def student_arguments(seed: int = 0, *, granularity: str = "tensor", **changes: Any) -> dict[str, Any]:
+def student_arguments(
+    seed: int = 0, *, granularity: str = "tensor", encoding: str = "2bit", **changes: Any
+) -> dict[str, Any]:
     """What the pack stage hands to `write_student`, with random codes; blocks are of 16 weights."""
     generator = np.random.default_rng(seed)
     config = engine_config(TINY | changes)
@@ -62,6 +64,7 @@ def student_arguments(seed: int = 0, *, granularity: str = "tensor", **changes: 
         "embeddings": {"model.embed_tokens": rows} | ({} if engine.tie_word_embeddings else {"lm_head": rows}),
         "norms": {name: np.ones(size, np.float32) for name, size in norm_layers(engine).items()},
         "tokenizer_json": b"{}",
+        "encoding": encoding,
         "created_by": "test 1",
     }
 
@@ -88,6 +91,30 @@ def with_metadata(path: Path, **changes: str) -> None:
     header, data = split_file(path)
     header["__metadata__"].update(changes)
     join_file(path, header, data)
+
+
+def test_a_base_three_file_holds_the_same_codes_in_four_fifths_of_the_bytes(tmp_path: Path) -> None:
+    arguments = student_arguments(**WHOLE_LINES)
+    for encoding in ("2bit", "base3"):
+        write_student(tmp_path / encoding, **arguments | {"encoding": encoding})
+    two_bit, base3 = read_packed(tmp_path / "2bit"), read_packed(tmp_path / "base3")
+    assert (two_bit.encoding, base3.encoding) == ("2bit", "base3")
+    assert not [name for name in base3.tensors if name.endswith(".w_packed")]
+    for name, linear in arguments["linears"].items():
+        w_packed, w_base3 = two_bit.tensors[f"{name}.w_packed"], base3.tensors[f"{name}.w_base3"]
+        assert 0 <= w_base3.nbytes - 0.8 * w_packed.nbytes < 4
+        np.testing.assert_array_equal(unpack_base3(base3.read(f"{name}.w_base3"), *linear.w_ternary.shape), w_packed)
+    assert base3.tensors["model.embed_tokens.scan"].ctypes.data % 64 == 0
+
+
+def test_a_file_of_both_encodings_is_refused(tmp_path: Path) -> None:
+    write_student(tmp_path / "m", **student_arguments())
+    header, data = split_file(tmp_path / "m")
+    name = "model.layers.0.mlp.up_proj"
+    header[f"{name}.w_base3"] = header.pop(f"{name}.w_packed")
+    join_file(tmp_path / "m", header, data)
+    with pytest.raises(ValueError, match=r"lacks 6 tensors .* first missing tensor=.*q_proj\.w_base3"):
+        read_packed(tmp_path / "m")
 
 
 @pytest.mark.parametrize("granularity", ["row", "block"])

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from bitdistill_core import panels
 from bitdistill_core.panels import (
+    base3_shape,
+    pack_base3,
     pack_int8_rows,
     pack_ternary,
     packed_shape,
     panel_scales,
+    unpack_base3,
     unpack_int8_rows,
     unpack_ternary,
 )
@@ -81,6 +84,42 @@ def test_scales_lie_panel_by_panel_then_block_by_block() -> None:
         np.testing.assert_array_equal(by_panel[row // 16, :, row % 16], expected)
     np.testing.assert_array_equal(panel_scales(scales[:, 0], 19), panel_scales(scales[:, :1], 19))
     np.testing.assert_array_equal(panel_scales(np.array(3, np.float32), 19), np.full((1, 1, 16), 3, np.float32))
+
+
+def test_five_bytes_of_a_line_are_four_bytes_of_base_three() -> None:
+    w_packed = np.full((1, 1, 64), 0b01_01_01_01, np.uint8)
+    w_packed[0, 0, :5] = [0b10_00_01_00, 0b10_00_01_01, 0b10_00_01_10, 0b10_00_01_01, 0b10_00_01_10]
+    w_base3 = pack_base3(w_packed)
+    assert w_base3.shape == base3_shape(16, 16) == (52,)
+    assert w_base3[:4].tolist() == [0 + 3 * 1 + 9 * 2 + 27 * 1 + 81 * 2, 121, 0, 242]
+    assert (w_base3[4:] == 121).all()  # code 1, and so is what fills up the last group
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 70), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_base_three_gives_back_the_packed_bytes(n: int, k: int, seed: int) -> None:
+    w_packed = pack_ternary(np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8))
+    w_base3 = pack_base3(w_packed)
+    assert (w_base3.dtype, w_base3.shape) == (np.uint8, base3_shape(n, k))
+    expanded = unpack_base3(w_base3, n, k)
+    np.testing.assert_array_equal(expanded, w_packed)
+    assert expanded.flags.c_contiguous
+    assert expanded.ctypes.data % 64 == 0
+
+
+def test_blocks_of_groups_are_expanded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    w_packed = pack_ternary(np.random.default_rng(0).integers(-1, 2, (100, 40)).astype(np.int8))
+    monkeypatch.setattr(panels, "BLOCK_GROUPS", 7)
+    np.testing.assert_array_equal(unpack_base3(pack_base3(w_packed), 100, 40), w_packed)
+
+
+def test_base_three_rejects_another_shape_and_a_byte_of_243() -> None:
+    w_base3 = pack_base3(pack_ternary(np.ones((16, 16), np.int8)))
+    with pytest.raises(ValueError, match=r"w_base3 of n=17 k=16 has shape \(104,\); got shape=\(52,\)"):
+        unpack_base3(w_base3, 17, 16)
+    w_base3[51] = 243
+    with pytest.raises(ValueError, match="a byte below 243; got byte=243; the bytes are corrupted"):
+        unpack_base3(w_base3, 16, 16)
 
 
 def test_unpack_rejects_another_shape_and_the_code_three() -> None:

@@ -40,7 +40,7 @@ STRANGE: list[Any] = [
 
 
 def base_files(directory: Path) -> list[bytes]:
-    """Small models of every shape of file: SubLN, biases, an untied head, sliding windows, Gemma, finer scales."""
+    """Small models of every kind: SubLN, biases, an untied head, sliding windows, Gemma, finer scales, base 3."""
     surgery = [{"subln": subln, "sub_norm_eps": 1e-6} for subln in ("none", "output", "all")]
     gemma = {"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 4, "final_logit_softcapping": 30.0}
     variants: list[dict[str, Any]] = [
@@ -49,6 +49,8 @@ def base_files(directory: Path) -> list[bytes]:
         gemma | {"bitdistill": surgery[0], "layer_types": ["sliding_attention", "full_attention"]},
         {"bitdistill": surgery[2], "granularity": "row"},
         {"bitdistill": surgery[1], "granularity": "block", "attention_bias": True} | WHOLE_LINES,
+        {"bitdistill": surgery[1], "encoding": "base3"},
+        {"bitdistill": surgery[2], "encoding": "base3", "granularity": "block"} | WHOLE_LINES,
     ]
     files = []
     for number, changes in enumerate(variants):
