@@ -1,7 +1,5 @@
 // AVX2 kernels. Compiled with -mavx2 -mfma -mf16c and called only where the processor has them.
-#include <immintrin.h>
-
-#include "float_ops.h"
+#include "avx2_bytes.h"
 
 namespace bitdistill {
 namespace {
@@ -14,14 +12,6 @@ namespace {
 // Then vpmaddwd by ones joins the two lanes of a row to int32. Each bound counts every partial sum on the way.
 constexpr int kGemmFlushSteps = 64;
 constexpr int kGemvFlushLines = 8;  // 2 additions a line to each accumulator: 16 of codes {0, 4, 8}
-
-BITDISTILL_INLINE __m256i load_bytes(const void* bytes) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
-}
-
-BITDISTILL_INLINE __m256i broadcast_four(const int8_t* x) {
-  return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
-}
 
 BITDISTILL_INLINE __m256i multiply_add(__m256i sums, __m256i codes, __m256i x) {
   return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x));
@@ -56,19 +46,6 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), low);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8), high);
-}
-
-void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
-  const __m256i mask = _mm256_set1_epi8(3);
-  for (int line = 0; line < num_lines; ++line, lines += kLineBytes) {
-    __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
-    for (int plane = 0; plane < 4; ++plane, codes += kLineBytes) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_and_si256(a, mask));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), _mm256_and_si256(b, mask));
-      a = _mm256_srli_epi16(a, 2);
-      b = _mm256_srli_epi16(b, 2);
-    }
-  }
 }
 
 // One step of 4 k for one token: its dword in every lane, times 8 + 8 rows. Compilers spill accumulators out of the

@@ -1,8 +1,6 @@
 // AVX-VNNI kernels: 256-bit vpdpbusd. Compiled with -mavx2 -mfma -mf16c -mavxvnni and called only where the processor
 // has them.
-#include <immintrin.h>
-
-#include "float_ops.h"
+#include "avx2_bytes.h"
 
 namespace bitdistill {
 namespace {
@@ -15,15 +13,7 @@ namespace {
 constexpr int kGemvBlockLines = 32768;
 constexpr int kScanBlockGroups = 4096;
 
-BITDISTILL_INLINE __m256i load_bytes(const void* bytes) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
-}
-
 BITDISTILL_INLINE void store_sums(int32_t* sums, Int8x32 v) { __builtin_memcpy(sums, &v, sizeof v); }
-
-BITDISTILL_INLINE __m256i broadcast_four(const int8_t* x) {
-  return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
-}
 
 // Sums are Int8x32 rather than __m256i, which GCC 12 copies before and after every vpdpbusd.
 BITDISTILL_INLINE Int8x32 multiply_add(Int8x32 sums, __m256i codes, __m256i x) {
@@ -53,19 +43,6 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
   }
   store_sums(sums, total[0]);
   store_sums(sums + 8, total[1]);
-}
-
-void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
-  const __m256i mask = _mm256_set1_epi8(3);
-  for (int line = 0; line < num_lines; ++line, lines += kLineBytes) {
-    __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
-    for (int plane = 0; plane < 4; ++plane, codes += kLineBytes) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_and_si256(a, mask));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), _mm256_and_si256(b, mask));
-      a = _mm256_srli_epi16(a, 2);
-      b = _mm256_srli_epi16(b, 2);
-    }
-  }
 }
 
 // 12 sums of 6 tokens x 16 rows, 2 registers of codes and one of activations: 15 of 16.

@@ -129,6 +129,12 @@ bool has_code_3(const Array<const uint8_t, 1>& bytes) {
   return (found & 0x55) != 0;
 }
 
+// `measure` of a table of kernels, for Python by the table's name.
+template <class... Sizes>
+auto by_name(double (*measure)(const Kernels&, Sizes...)) {
+  return [measure](const std::string& kernel, Sizes... sizes) { return measure(kernels_named(kernel), sizes...); };
+}
+
 // A model and the arrays its pointers point into.
 class PackedModel {
  public:
@@ -306,11 +312,8 @@ NB_MODULE(_native, module) {
   module.def("measure_multiply_add_ceiling", &measure_multiply_add_ceiling, nb::arg("num_threads"), nb::arg("seconds"),
              released);
   module.def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_threads"), nb::arg("megabytes"), released);
-  module.def("measure_gemm", [](const std::string& kernel, int n, int k, int tokens, int num_threads, int repeats) {
-    return measure_gemm(kernels_named(kernel), n, k, tokens, num_threads, repeats);
-  }, nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("tokens"), nb::arg("num_threads"), nb::arg("repeats"),
-             released);
-  module.def("measure_gemv", [](const std::string& kernel, int n, int k, int num_threads, int repeats) {
-    return measure_gemv(kernels_named(kernel), n, k, num_threads, repeats);
-  }, nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("num_threads"), nb::arg("repeats"), released);
+  module.def("measure_gemm", by_name(measure_gemm), nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("tokens"),
+             nb::arg("num_threads"), nb::arg("repeats"), released);
+  module.def("measure_gemv", by_name(measure_gemv), nb::arg("kernel"), nb::arg("n"), nb::arg("k"),
+             nb::arg("num_threads"), nb::arg("repeats"), released);
 }

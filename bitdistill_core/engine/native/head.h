@@ -1,7 +1,6 @@
 // INT8 rows of the vocabulary: embedding lookup, and the output head that reads as little of them as it can.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "linear.h"
