@@ -49,6 +49,7 @@ class Model(Section):
 
     label: str
     stands_for: str | None = None  # the model of the paper's tables that it is shown beside
+    num_parameters: int | None = None  # for `bitdistill estimate`
     params: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -56,6 +57,8 @@ class Task(Section):
     """A task of a scale."""
 
     label: str
+    num_train_examples: int | None = None  # for `bitdistill estimate`, like the next
+    tokens_per_example: int | None = None
     params: dict[str, Any] = Field(default_factory=dict)
 
 
