@@ -213,7 +213,8 @@ def score_examples(
 def _score_generation(scorer: Scorer, rows: Sequence[Any], max_new_tokens: int, name: str) -> Evaluation:
     from bitdistill_core.lm_eval_tasks import summarisation
 
-    predictions, pairs = [], []
+    predictions: list[dict[str, Any]] = []
+    pairs = []
     with progress_bar(f"evaluate {name}", total=len(rows), unit="text") as bar:
         for index, row in enumerate(rows):
             text = scorer.generate(row["prompt"], max_new_tokens)

@@ -35,7 +35,9 @@ def measure_speed(plan: Plan, *, store: Path, results: Path) -> dict[str, dict[s
     path = results / SPEED
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     group = plan.scale.groups.get("table1")
-    for name in group.models if group is not None else ():
+    if group is None:
+        return found
+    for name in group.models:
         last = chain(plan, Cell(name, group.tasks[0], "bitdistill", plan.scale.seeds[0]))
         base = next(step for step in last.before() if step.name == "base").directory(store)
         if name not in found and (base / checkpoint.WEIGHTS).is_file():
@@ -80,7 +82,7 @@ def _measure(plan: Plan, base: Path) -> dict[str, Any]:
     prompt_tokens = min(settings["prompt_tokens"], window - settings["new_tokens"])
     with TemporaryDirectory() as directory:
         packed = Path(directory) / PACKED
-        pack_model(model, tokenizer.backend_tokenizer.to_str().encode(), packed, task={"name": "none"})
+        pack_model(model, tokenizer.backend_tokenizer.to_str().encode(), packed, task={"name": "none"}, encoding="2bit")
         del model
         threads = torch.get_num_threads()
         timings = latency.measure(
