@@ -133,12 +133,22 @@ class SurgeryConfig(Section):
     skip_modules: list[str]  # names below `model.` that stay full precision
     weight_grid: Literal["ternary", "binary"]
     weight_granularity: Literal["tensor", "row", "block"]  # the weights that share a scale
-    weight_block_size: int = Field(ge=16)  # of a row; for granularity block
+    weight_block_size: int = Field(ge=16, multiple_of=16)  # of a row; for granularity block
+    weight_scale: Literal["absmean", "least_squares"]
     initializer: Literal["none", "gptq", "awq"]
     calibration: Literal["corpus", "examples"]  # texts for initializer and subln_gain
     calibration_sequences: int = Field(gt=0)
     calibration_length: int = Field(gt=1)  # tokens a sequence
     seed: int = Field(ge=0)  # of the choice of texts
+
+    @model_validator(mode="after")
+    def _scale_fits(self) -> "SurgeryConfig":
+        if self.weight_scale != "absmean" and (self.weight_grid != "ternary" or self.initializer != "none"):
+            raise ValueError(
+                "surgery.weight_scale least_squares is for weight_grid ternary and initializer none; got "
+                f"weight_grid={self.weight_grid}, initializer={self.initializer}"
+            )
+        return self
 
 
 class StudentTraining(Section):

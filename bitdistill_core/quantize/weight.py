@@ -14,8 +14,11 @@ from bitdistill_core.quantize.straight_through import straight_through
 
 SCALE_FLOOR = 1e-5
 
+TWN_THRESHOLD = 0.7  # of the absmean: close to the best threshold of normal and of uniform weights
+
 Grid = Literal["ternary", "binary"]
 Granularity = Literal["tensor", "row", "block"]
+ScaleRule = Literal["absmean", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class WeightQuantizer:
     grid: Grid = "ternary"
     granularity: Granularity = "tensor"
     block_size: int = 0  # weights of a row that share a scale; for granularity block only
+    scale_rule: ScaleRule = "absmean"  # least_squares: Ternary Weight Networks (arXiv 1605.04711), ternary only
 
 
 def require_divisible(quantizer: WeightQuantizer, in_features: int, name: str) -> None:
@@ -41,37 +45,31 @@ def weight_scale(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
     At least 1e-5: the paper adds epsilon to the divisor, we floor the scale, as the authors' code does.
     """
-    magnitude = weight.detach().float().abs()
-    if quantizer.granularity == "tensor":
-        mean = magnitude.mean()
-    elif quantizer.granularity == "row":
-        mean = magnitude.mean(dim=1, keepdim=True)
-    else:
-        mean = magnitude.unflatten(1, (-1, quantizer.block_size)).mean(dim=2)
-    return mean.clamp_(min=SCALE_FLOOR)
+    return _group_mean(weight.detach().float().abs(), quantizer).clamp_(min=SCALE_FLOOR)
 
 
 @torch.no_grad()
 def quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
     """Codes and scale of a weight matrix, weight ~ spread(weight_scale) * codes.
 
-    Ternary: clip(round(weight / weight_scale), -1, 1), rounding half to even. Binary: the sign of weight minus the mean
-    of the weights that share its scale, and -1 at zero.
+    Ternary: clip(round(weight / weight_scale), -1, 1), rounding half to even. With scale_rule least_squares: the sign
+    where |weight| > 0.7 absmean, else 0, and the scale that fits these codes best, the mean |weight| of the nonzero
+    ones. Binary: the sign of weight minus the mean of the weights that share its scale, and -1 at zero.
 
     Args:
         weight: (N, K), any float dtype. Computed in fp32.
     Returns:
-        codes (N, K) int8; weight_scale fp32, as the function `weight_scale` gives it.
+        codes (N, K) int8; weight_scale fp32, shaped as the function `weight_scale` gives it.
     """
-    scale = weight_scale(weight, quantizer)
-    return _codes(weight.float(), scale, quantizer).to(torch.int8), scale
+    codes, scale = _quantized(weight.detach().float(), quantizer)
+    return codes.to(torch.int8), scale
 
 
 def fake_quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """`spread(weight_scale) * codes` in the dtype of `weight`, with the straight-through gradient."""
     with torch.no_grad():
-        scale = weight_scale(weight, quantizer)
-        quantized = _codes(weight.float(), scale, quantizer).mul_(spread(scale, weight.shape[1])).to(weight.dtype)
+        codes, scale = _quantized(weight.float(), quantizer)
+        quantized = codes.mul_(spread(scale, weight.shape[1])).to(weight.dtype)
     return straight_through(weight, quantized)
 
 
@@ -82,13 +80,23 @@ def spread(scale: Tensor, in_features: int) -> Tensor:
     return scale
 
 
-def _codes(weight: Tensor, scale: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    if quantizer.grid == "ternary":
-        return (weight / spread(scale, weight.shape[1])).round_().clamp_(-1, 1)
+def _quantized(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """Codes in float, and their scale."""
+    scale = weight_scale(weight, quantizer)
+    if quantizer.grid == "binary":
+        centre = spread(_group_mean(weight, quantizer), weight.shape[1])
+        return torch.where(weight > centre, 1.0, -1.0), scale
+    if quantizer.scale_rule == "absmean":
+        return (weight / spread(scale, weight.shape[1])).round_().clamp_(-1, 1), scale
+    is_kept = weight.abs() > TWN_THRESHOLD * spread(scale, weight.shape[1])
+    kept = _group_mean(weight.abs() * is_kept, quantizer) / _group_mean(is_kept.float(), quantizer).clamp_(min=1e-9)
+    return weight.sign() * is_kept, kept.clamp_(min=SCALE_FLOOR)
+
+
+def _group_mean(values: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """Mean over the weights that share a scale: (), (N, 1) or (N, K / block_size)."""
     if quantizer.granularity == "tensor":
-        centre = weight.mean()
-    elif quantizer.granularity == "row":
-        centre = weight.mean(dim=1, keepdim=True)
-    else:
-        centre = spread(weight.unflatten(1, (-1, quantizer.block_size)).mean(dim=2), weight.shape[1])
-    return torch.where(weight > centre, 1.0, -1.0)
+        return values.mean()
+    if quantizer.granularity == "row":
+        return values.mean(dim=1, keepdim=True)
+    return values.unflatten(1, (-1, quantizer.block_size)).mean(dim=2)

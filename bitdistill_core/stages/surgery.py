@@ -57,7 +57,10 @@ def weight_quantizer(config: SurgeryConfig) -> WeightQuantizer:
     """The quantiser that the section describes."""
     is_block = config.weight_granularity == "block"
     return WeightQuantizer(
-        config.weight_grid, config.weight_granularity, block_size=config.weight_block_size if is_block else 0
+        config.weight_grid,
+        config.weight_granularity,
+        block_size=config.weight_block_size if is_block else 0,
+        scale_rule=config.weight_scale,
     )
 
 

@@ -32,7 +32,7 @@ from bitdistill_core.tables.plan import Cell, Plan
 CURVES = ("pretrain/loss", "distill/loss", "distill/task_loss", "teacher/loss")
 CURVE_POINTS = 100
 NO_PART_OF_A_RECIPE = {"data_root", "report_every", "checkpoint_every"}
-OFF: tuple[Any, ...] = (0, None, "none", [])
+OFF: tuple[Any, ...] = (0, None, "none", "absmean", [])
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 RESULTS/table1.csv, .md, ... figure1.csv, .png, ..., paired.csv, and README.md, which shows everything in one place.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdistill_core.tables import figures
+from bitdistill_core.tables import figures, speed
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.results import (
     COLUMNS,
@@ -47,6 +48,7 @@ def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
         text = _markdown(plan, table)
         (results / f"{group}.md").write_text(f"# {TITLES[group]}\n\n{text}\n")
         parts += [f"## {TITLES[group]}", text]
+    parts += _speed(results)
     paired = _comparisons(plan, found)
     write_rows(results / "paired.csv", PAIRED_COLUMNS, [[_short(row[key]) for key in PAIRED_COLUMNS] for row in paired])
     parts += ["## Paired comparisons", _paired_markdown(plan, paired)]
@@ -56,6 +58,23 @@ def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
         parts += ["## Missing cells", "\n".join(f"- {cell}" for cell in missing)]
     (results / "README.md").write_text("\n\n".join(parts) + "\n")
     return missing
+
+
+def _speed(results: Path) -> list[str]:
+    """The speed and memory columns of table 1, where they were measured."""
+    path = results / speed.SPEED
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text())
+    rows = speed.speed_rows(measured)
+    write_rows(results / "speed.csv", speed.COLUMNS, rows)
+    lines = [
+        "| model | engine | prefill, tokens/s | decode, tokens/s | prefill ratio | decode ratio | file, MiB "
+        "| memory added, MiB | weights at 16 bits, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+    return ["## Table 1: speed and memory, ratios to PyTorch in the same rounds", "\n".join(lines)]
 
 
 def _progress(plan: Plan, found: Results, missing: Sequence[str]) -> str:

@@ -103,3 +103,21 @@ def test_blocks_must_divide_a_row() -> None:
     require_divisible(WeightQuantizer(granularity="block", block_size=16), 48, "x")
     with pytest.raises(ValueError, match="layer=x, width=40, weight_block_size=16"):
         require_divisible(WeightQuantizer(granularity="block", block_size=16), 40, "x")
+
+
+def test_the_least_squares_scale_fits_its_codes_best() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(8))
+    quantizer = WeightQuantizer(scale_rule="least_squares")
+    codes, scale = quantize_weight(weight, quantizer)
+    assert torch.equal(codes.float(), weight.sign() * (weight.abs() > 0.7 * weight.abs().mean()))
+    best = (weight * codes).sum() / codes.square().sum()
+    assert scale == pytest.approx(float(best), rel=1e-6)
+    absmean_codes, absmean_scale = quantize_weight(weight, TERNARY)
+    error = (weight - scale * codes).square().sum() / weight.square().sum()
+    assert error < 0.2 < (weight - absmean_scale * absmean_codes).square().sum() / weight.square().sum()
+
+
+def test_the_least_squares_scale_of_zeros_is_safe() -> None:
+    codes, scale = quantize_weight(torch.zeros(2, 16), WeightQuantizer(granularity="row", scale_rule="least_squares"))
+    assert not codes.any()
+    assert scale.eq(1e-5).all()
