@@ -42,7 +42,7 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[States]:
     """A dict that every forward pass inside the context fills with the states of `layers`."""
     before = model.config._attn_implementation
     states: States = {}
-    attentions = [model.get_decoder().layers[layer].self_attn for layer in layers]
+    attentions = [model.get_decoder().layers[layer].self_attn for layer in dict.fromkeys(layers)]
     model.set_attn_implementation(IMPLEMENTATION)
     for attention in attentions:
         object.__setattr__(attention, _SINK, states)

@@ -85,3 +85,11 @@ def test_a_model_has_no_divergence_from_itself() -> None:
 def test_relation_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match=r"width=24, num_relation_heads=5"):
         relation_logits(torch.zeros(1, 4, 2, 6), 5, cosine=False)
+
+
+def test_a_layer_asked_for_twice_is_captured_once() -> None:
+    model = build("qwen3")
+    with torch.no_grad(), captured(model, [1, 1]) as states:
+        model(IDS)
+    assert sorted(states) == [1]
+    assert model.config._attn_implementation == "sdpa"
