@@ -52,12 +52,42 @@ def test_a_seed_replaces_every_seed() -> None:
         ("surgery.subln=both", r"surgery\.subln: .*'none', 'output' or 'all'"),
         ("distill.gradient_accumulation=5", r"must divide batch_size; got gradient_accumulation=5, batch_size=32"),
         ("data.task=imdb", r"data\.task must be one of .*got task=imdb"),
+        ("pretrain.task_loss_weight=0", r"pretrain needs a loss: one of task_loss_weight, .* above 0; got 0 for each"),
+        ("pretrain.quantization_warmup=1.5", r"quantization_warmup: .*less than or equal to 1 \(got 1\.5\)"),
+        ("distill.hidden_kd_weight=-1", r"distill\.hidden_kd_weight: .*greater than or equal to 0"),
+        (
+            "distill.teacher_layers=[0,1]",
+            r"as long as distill\.distill_layers; got teacher_layers=\[0, 1\], .*\[-2\]",
+        ),
+        ("base.num_layers=-1", r"base\.num_layers: .*greater than or equal to 0"),
+        (
+            "base.scratch.architecture=gpt2",
+            r"scratch\.architecture: .*'qwen3', 'qwen2', 'llama' or 'gemma3_text'",
+        ),
+        ("surgery.weight_block_size=8", r"surgery\.weight_block_size: .*greater than or equal to 16"),
+        ("surgery.subln_gain=two", r"surgery\.subln_gain: .*'one' or 'preserve'"),
+        ("surgery.initializer=absmax", r"surgery\.initializer: .*'none', 'gptq' or 'awq'"),
         ("learning_rate", r"an override reads section\.key=value"),
     ],
 )
 def test_a_wrong_override_is_one_clear_error(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_params(PARAMS, overrides=[override])
+
+
+def test_balance_without_measuring_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"balance_grad_norms needs grad_norm_every above 0; got grad_norm_every=0"):
+        load_params(PARAMS, overrides=["distill.balance_grad_norms=1", "distill.grad_norm_every=0"])
+
+
+def test_no_distillation_at_all_is_a_valid_choice() -> None:
+    params = load_params(PARAMS, overrides=["distill.logits_kd_weight=0", "distill.attention_kd_weight=0"])
+    assert params.distill.hidden_kd_weight == 0
+
+
+def test_pretraining_may_learn_from_the_base_alone() -> None:
+    overrides = ["pretrain.task_loss_weight=0", "pretrain.hidden_kd_weight=1"]
+    assert load_params(PARAMS, overrides=overrides).pretrain.logits_kd_weight == 0
 
 
 def test_unknown_and_missing_keys_are_named(tmp_path: Path) -> None:

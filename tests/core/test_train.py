@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly, and stops at what is not finite."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from bitdistill_core import losses, train
+from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.data import Example, ExampleBatches
 from bitdistill_core.schedules import learning_rate_factor
+from bitdistill_core.stages.training import quantization_warmup
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 
@@ -19,8 +22,10 @@ def fit(
     work_dir: Path, *, num_steps: int = 12, log: list[tuple[int, dict[str, float]]] | None = None, **changes: Any
 ) -> Any:
     """A student on a toy task, from scratch or from what work_dir holds."""
-    model = build("qwen3")
-    operate(model, subln="output", sub_norm_eps=1e-6)
+    model = changes.pop("model", None)
+    if model is None:
+        model = build("qwen3")
+        operate(model, subln="output", sub_norm_eps=1e-6)
     batches = ExampleBatches(EXAMPLES, batch_size=4, gradient_accumulation=2, seed=3)
     options: dict[str, Any] = {
         "name": "toy",
@@ -127,6 +132,164 @@ def test_gradient_norms_of_parts_are_reported(tmp_path: Path) -> None:
     assert merged["toy/grad_norm_a"] == pytest.approx(10.0)
     assert merged["toy/grad_norm_b"] == pytest.approx(10 * 2**0.5)
     assert merged["toy/loss"] == pytest.approx(25 + 70)
+
+
+def fit_weight(
+    work_dir: Path, loss_fn: Callable[[torch.nn.Parameter], train.LossParts], **changes: Any
+) -> tuple[torch.nn.Parameter, dict[int, dict[str, float]]]:
+    """Trains a model that is one matrix, from [[3, 4]]; the matrix and what was reported, by step."""
+    model, log = torch.nn.Module(), {}
+    model.weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    batch = losses.Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1), losses.Totals(1, 1, 1))
+    options: dict[str, Any] = {
+        "name": "toy",
+        "num_steps": 10,
+        "seed": 0,
+        "learning_rate": 0.1,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.9,
+        "max_grad_norm": 1e9,
+        "precision": "float32",
+        "report_every": 1,
+        "checkpoint_every": 100,
+        "work_dir": work_dir,
+        "device": torch.device("cpu"),
+        "report": lambda metrics, step: log.setdefault(step, {}).update(metrics),
+    }
+    train.fit(model, lambda step: [batch], lambda batch: loss_fn(model.weight), **{**options, **changes})
+    return model.weight, log
+
+
+@pytest.mark.parametrize("target", [1.0, 0.25])
+def test_balance_holds_each_term_at_so_many_times_the_task_gradient(tmp_path: Path, target: float) -> None:
+    def loss_fn(weight: torch.nn.Parameter) -> train.LossParts:
+        return {"task_loss": 2 * weight.sum(), "logits_kd": 700 * weight[0, 0], "hidden_kd": 1e-3 * weight.sum()}
+
+    _, log = fit_weight(tmp_path, loss_fn, grad_norm_every=4, balance_grad_norms=target)
+    for step in (1, 5, 9):  # 1-based; measured before it
+        assert log[step]["toy/grad_norm_task_loss"] == pytest.approx(2 * 2**0.5)
+        assert log[step]["toy/grad_norm_logits_kd"] == pytest.approx(target * 2 * 2**0.5)
+        assert log[step]["toy/grad_norm_hidden_kd"] == pytest.approx(target * 2 * 2**0.5)
+    for step in range(1, 11):  # the loss that the optimiser sees, between measurements too
+        logits_kd, hidden_kd = target * 2 * 2**0.5, target * 2
+        assert log[step]["toy/grad_norm"] == pytest.approx(
+            ((2 + hidden_kd + logits_kd) ** 2 + (2 + hidden_kd) ** 2) ** 0.5, rel=1e-5
+        )
+        parts = sum(log[step][f"toy/{part}"] for part in ("task_loss", "logits_kd", "hidden_kd"))
+        assert log[step]["toy/loss"] == pytest.approx(parts, rel=1e-6)
+
+
+def test_balance_follows_a_moving_average_of_the_measured_norms(tmp_path: Path) -> None:
+    calls = [0]
+
+    def loss_fn(weight: torch.nn.Parameter) -> train.LossParts:
+        calls[0] += 1
+        return {"task_loss": weight.sum(), "logits_kd": (10 if calls[0] == 1 else 50) * weight.sum()}
+
+    _, log = fit_weight(tmp_path, loss_fn, num_steps=3, grad_norm_every=1, balance_grad_norms=1.0, learning_rate=1e-9)
+    average = 10.0
+    assert log[1]["toy/logits_kd"] == pytest.approx(7.0)
+    for step in (2, 3):
+        average = 0.7 * average + 0.3 * 50
+        assert log[step]["toy/logits_kd"] == pytest.approx(50 / average * 7.0, rel=1e-5)
+
+
+def test_without_balance_the_parts_stay_as_they_come(tmp_path: Path) -> None:
+    _, log = fit_weight(
+        tmp_path, lambda weight: {"task_loss": weight.sum(), "logits_kd": 700 * weight.sum()}, grad_norm_every=1
+    )
+    assert log[1]["toy/logits_kd"] == pytest.approx(4900)
+    assert log[1]["toy/grad_norm_logits_kd"] == pytest.approx(700 * 2**0.5)
+
+
+def test_a_part_without_gradient_is_left_alone(tmp_path: Path) -> None:
+    _, log = fit_weight(
+        tmp_path,
+        lambda weight: {"task_loss": weight.sum(), "logits_kd": 0 * weight.sum()},
+        grad_norm_every=1,
+        balance_grad_norms=1.0,
+    )
+    assert log[1]["toy/grad_norm_logits_kd"] == 0.0
+
+
+def distil(work_dir: Path, **changes: Any) -> Any:
+    """The toy task with a second part, balanced, and a quantisation warm-up over all steps."""
+    model, teacher = build("qwen3"), build("qwen3", seed=5)
+    operate(model, subln="output", sub_norm_eps=1e-6)
+
+    def loss_fn(batch: losses.Batch) -> train.LossParts:
+        hidden = losses.hidden_states(model, batch)
+        with torch.no_grad():
+            target = losses.hidden_states(teacher, batch)
+        logits_kd = losses.logits_kd_loss(model, hidden, teacher, target, batch, kd_temperature=2.0, variant="authors")
+        return {"task_loss": losses.task_loss(model, hidden, batch), "logits_kd": logits_kd}
+
+    with quantization_warmup(model, 1.0) as on_step:
+        options = {"grad_norm_every": 3, "balance_grad_norms": 0.5, "on_step": on_step, **changes}
+        return fit(work_dir, model=model, loss_fn=loss_fn, **options)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "two_stage"])
+def test_an_interrupted_run_keeps_its_balance_warm_up_and_schedule(tmp_path: Path, schedule: str) -> None:
+    whole = distil(tmp_path / "whole", schedule=schedule)
+
+    class Killed(Exception):
+        pass
+
+    def die(metrics: dict[str, float], step: int) -> None:
+        if step == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distil(tmp_path / "part", schedule=schedule, report=die)
+    assert [p.name for p in (tmp_path / "part").iterdir()] == ["step-8"]  # 9 is the next measurement
+    resumed = distil(tmp_path / "part", schedule=schedule)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    assert all(module.hardness == 1.0 for module in resumed.modules() if isinstance(module, BitLinear))
+    unbalanced = distil(tmp_path / "plain", schedule=schedule, balance_grad_norms=0.0)
+    assert not torch.equal(whole.model.norm.weight, unbalanced.model.norm.weight)
+
+
+def test_every_step_is_announced_before_it_is_made(tmp_path: Path) -> None:
+    events: list[Any] = []
+
+    def loss_fn(weight: torch.nn.Parameter) -> train.LossParts:
+        events.append("loss")
+        return {"task_loss": weight.sum()}
+
+    fit_weight(tmp_path, loss_fn, num_steps=3, on_step=lambda step, num_steps: events.append((step, num_steps)))
+    assert events == [(0, 3), "loss", (1, 3), "loss", (2, 3), "loss"]
+
+
+def test_two_stage_ends_weight_decay_at_the_middle_and_halves_the_rate(tmp_path: Path) -> None:
+    weights = []
+
+    def loss_fn(weight: torch.nn.Parameter) -> train.LossParts:
+        weights.append(weight.detach().clone())
+        return {"task_loss": 0 * weight.sum()}  # decay alone moves the weight
+
+    weight, log = fit_weight(
+        tmp_path, loss_fn, num_steps=9, schedule="two_stage", weight_decay=0.5, learning_rate=0.1, warmup_ratio=0.23
+    )
+    weights.append(weight.detach())
+    warmup, middle = 2, 4
+    for step in range(9):
+        if step < warmup:
+            rate = 0.1 * (step + 1) / warmup
+        else:
+            rate = 0.1 * (1 - (step - warmup) / (9 - warmup)) * (0.5 if step >= middle else 1.0)
+        assert log[step + 1]["toy/learning_rate"] == pytest.approx(rate)
+        decay = 0.5 if step < middle else 0.0
+        assert torch.allclose(weights[step + 1], weights[step] * (1 - rate * decay), rtol=1e-6), step
+    assert torch.equal(weights[middle], weights[-1])
+
+
+def test_other_schedules_decay_to_the_end(tmp_path: Path) -> None:
+    weight, _ = fit_weight(tmp_path, lambda weight: {"task_loss": 0 * weight.sum()}, weight_decay=0.5)
+    assert torch.allclose(weight.detach(), torch.tensor([[3.0, 4.0]]) * (1 - 0.1 * 0.5) ** 10)
 
 
 def test_schedules() -> None:
