@@ -1,6 +1,6 @@
 """Stage 1 of BitDistill, `surgery`: the base model with SubLN and BitLinear, calibrated where that is asked for.
 
-Writes the student, surgery.json and, after calibration, calibration.json.
+Writes the student, surgery.json and, with an initializer, calibration.json.
 """
 
 import json
@@ -84,6 +84,8 @@ def _calibrate(
     )
     nn.Module.to(model, device)
     errors = calibrate(model, input_ids.to(device), subln_gain=config.subln_gain, initializer=config.initializer)
+    if not errors:  # gains alone
+        return {}
     (out_dir / "calibration.json").write_text(json.dumps([asdict(e) for e in errors], indent=1) + "\n")
     return {
         "surgery/relative_error_before": float(np.mean([e.relative_error_before for e in errors])),
