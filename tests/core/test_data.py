@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bitdistill_core.corpus import BlockBatches, tokenize_corpus
+from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
 from bitdistill_core.data import Example, ExampleBatches, collate, load_examples
 from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
@@ -174,3 +174,23 @@ def test_the_documentation_prints_every_template() -> None:
         assert f"`{task}`" in page
         assert template.prompt.replace("\n", "\\n") in page
         assert all(f"`{word}`" in page for word in template.label_words)
+
+
+def test_sampled_sequences_are_random_documents_joined_and_cut(tmp_path: Path) -> None:
+    texts = [f"{'abcdefgh'[i % 8]} {i} story" for i in range(40)]
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    pq.write_table(pa.table({"text": texts[:25]}), directory / "00000.parquet")
+    pq.write_table(pa.table({"text": texts[25:]}), directory / "00001.parquet")
+    tokenizer = train_tokenizer(directory, vocab_size=300)
+    ids: list[int] = []
+    for index in np.random.default_rng(7).permutation(40):
+        ids += [*tokenizer(texts[index])["input_ids"], tokenizer.eos_token_id]
+    found = sample_sequences(directory, "text", tokenizer, num_sequences=6, length=10, seed=7)
+    assert found.tolist() == [ids[10 * row : 10 * row + 10] for row in range(6)]
+    other = sample_sequences(directory, "text", tokenizer, num_sequences=6, length=10, seed=8)
+    assert not found.equal(other)
+    whole = len(ids) // 10
+    assert sample_sequences(directory, "text", tokenizer, num_sequences=whole, length=10, seed=7).shape == (whole, 10)
+    with pytest.raises(ValueError, match=rf"length = {10 * whole + 10} tokens; path=.* has {len(ids)}; lower"):
+        sample_sequences(directory, "text", tokenizer, num_sequences=whole + 1, length=10, seed=7)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bitdistill_core.evaluate import Request, TorchScorer, evaluate_split, wilson_interval
+from bitdistill_core.evaluate import Request, Scorer, TorchScorer, evaluate_split, score_examples, wilson_interval
 from bitdistill_core.stages.base import train_tokenizer
 from tests.core.conftest import build
 from tests.core.test_data import corpus  # noqa: F401  (a fixture)
@@ -95,6 +96,62 @@ def test_summaries_get_rouge_and_bleu(tmp_path: Path) -> None:
     half = evaluate_split(Oracle(set(), "the cat"), **run)  # type: ignore[arg-type]
     assert half.metrics["rouge1"] == pytest.approx(100 * 2 * (2 / 2) * (2 / 5) / (1 + 2 / 5))
     assert half.predictions[1]["reference"].startswith("the cat sat")
+
+
+def both_ways(scorer: Scorer, examples: Path, task: str, *, is_generation: bool = False) -> tuple[Any, Any]:
+    """Through lm-eval, and without it."""
+    options = {"is_generation": is_generation, "examples": examples, "max_new_tokens": 8}
+    return (
+        evaluate_split(scorer, task=task, split="test", **options),  # type: ignore[arg-type]
+        score_examples(scorer, name="test", **options),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("task", ["sst2", "mnli"])
+def test_scores_without_lm_eval_are_those_of_lm_eval(tmp_path: Path, corpus: Path, task: str) -> None:  # noqa: F811
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    model = build("qwen3", vocab_size=len(tokenizer), eos_token_id=None)
+    choices = {"sst2": [" a", " t"], "mnli": [" yes", " no", " the cat sat"]}[task]  # of one token, of several
+    prompts = ["a dog", "the cat sat on the mat", "a dog", "the end", "story of the end", "dog", "the mat"]
+    labels = [0, 1, 1, 0, 1, len(choices) - 1, 0]
+    rows = {
+        "prompt": prompts,
+        "answer": [choices[label] for label in labels],
+        "choices": [choices] * 7,
+        "label": labels,
+        "reference": prompts,
+    }
+    pq.write_table(pa.table(rows), tmp_path / "test.parquet")
+    scorer = TorchScorer(model, tokenizer, batch_size=3, device=torch.device("cpu"))
+    through_lm_eval, plain = both_ways(scorer, tmp_path / "test.parquet", task)
+    assert plain.metrics == through_lm_eval.metrics
+    assert plain.predictions == through_lm_eval.predictions
+    assert plain.num_examples == through_lm_eval.num_examples == 7
+    assert len({line["prediction"] for line in plain.predictions}) > 1
+
+
+def test_a_tie_is_the_first_answer_either_way(tmp_path: Path) -> None:
+    through_lm_eval, plain = both_ways(Oracle(set()), write_rows(tmp_path / "test.parquet", [0, 1]), "sst2")
+    assert plain.metrics == through_lm_eval.metrics == {"accuracy": 0.5}
+    assert plain.predictions == through_lm_eval.predictions
+
+
+class Echo(Oracle):
+    """Writes a different text for each prompt."""
+
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        return {"p0": " the cat sat.", "p1": "it slept.\n", "p2": "", "p3": "a Cat; it sleeps <b>now</b>"}[prompt]
+
+
+def test_summaries_without_lm_eval_are_those_of_lm_eval(tmp_path: Path) -> None:
+    examples = write_rows(tmp_path / "test.parquet", [-1] * 4)
+    through_lm_eval, plain = both_ways(Echo(set()), examples, "cnn_dailymail", is_generation=True)
+    assert plain.metrics == pytest.approx(through_lm_eval.metrics, rel=1e-12)
+    assert set(plain.metrics) == {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"}
+    assert [p["prediction"] for p in plain.predictions] == [p["prediction"] for p in through_lm_eval.predictions]
+    for name in ("rouge1", "rougeLsum"):
+        mean = sum(line["scores"][name] for line in plain.predictions) / 4
+        assert plain.metrics[name] == pytest.approx(mean)
 
 
 def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa: F811
