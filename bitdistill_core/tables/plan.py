@@ -99,7 +99,16 @@ class Plan:
     defaults: Mapping[str, Any]  # params.yaml
 
     def cells(self, groups: Sequence[str] | None = None) -> list[Cell]:
-        """The cells of the groups (None: all), each once. Every seed but the first comes after all first seeds."""
+        """The cells of the groups (None: all), each once. Every seed but the first comes after all first seeds.
+
+        Raises:
+            ValueError: a group that the scale does not have.
+        """
+        for name in groups or ():
+            if name not in self.scale.groups:
+                raise ValueError(
+                    f"scale={self.name} has no group={name}; its groups are {', '.join(self.scale.groups)}"
+                )
         cells = [
             Cell(model, task, method, seed)
             for name, group in self.scale.groups.items()
