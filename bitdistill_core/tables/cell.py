@@ -133,7 +133,8 @@ def run_cell(
     params = plan.params(cell, data_root=data_root)
     device = prepare_runtime(params.runtime)
     seconds: dict[str, float] = {}
-    for step in [*Step("data", data, params.data).before(), *last.before()]:
+    examples = Step("data", data, params.data)  # what it is evaluated on
+    for step in {step.recipe: step for step in [examples, *last.before()]}.values():
         directory = step.directory(store)
         finished = execute(
             step.name,
@@ -146,7 +147,7 @@ def run_cell(
             report=report,
             device=device,
         )
-        seconds[step.name] = finished.seconds
+        seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,
