@@ -1,6 +1,7 @@
 """A plan of seconds: a small model trained from nothing on the demo reviews, and a larger one as its teacher."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ SCALE: dict[str, Any] = {
     "methods": {},
     "groups": {"table1": {"models": ["small"], "tasks": ["reviews"], "methods": ["fp16_sft", "ptq", "bitdistill"]}},
 }
-Write = Callable[..., Path]
 
 
 def write_yaml(path: Path, values: object) -> None:
@@ -66,21 +66,20 @@ def write_yaml(path: Path, values: object) -> None:
         YAML(pure=True).dump(values, file)
 
 
-@pytest.fixture
-def write_tables(tmp_path: Path) -> Write:
-    """Writes tables/{methods,tiny}.yaml with changes of SCALE; returns the folder."""
-
-    def write(**changes: object) -> Path:
-        folder = tmp_path / "tables"
-        folder.mkdir(exist_ok=True)
-        write_yaml(folder / "methods.yaml", {"methods": METHODS})
-        write_yaml(folder / "tiny.yaml", {**SCALE, **changes})
-        return folder
-
-    return write
+def write_scale(folder: Path, **changes: object) -> Path:
+    """Writes {methods,tiny}.yaml with changes of SCALE; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    write_yaml(folder / "methods.yaml", {"methods": METHODS})
+    write_yaml(folder / "tiny.yaml", {**SCALE, **changes})
+    return folder
 
 
-@pytest.fixture
-def make_plan(write_tables: Write) -> Callable[..., Plan]:
+def tiny_plan(folder: Path, **changes: object) -> Plan:
     """The tiny plan with changes of SCALE."""
-    return lambda **changes: read_plan(write_tables(**changes), "tiny", ROOT / "params.yaml")
+    return read_plan(write_scale(folder, **changes), "tiny", ROOT / "params.yaml")
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path) -> Callable[..., Plan]:
+    """Makes the tiny plan with changes of SCALE."""
+    return partial(tiny_plan, tmp_path / "tables")

@@ -8,7 +8,7 @@ import pytest
 
 from bitdistill_core.tables.plan import GROUPS, Cell, Plan, list_scales, read_plan
 from tests.conftest import ROOT
-from tests.core.tables.conftest import METHODS, Write, write_yaml
+from tests.core.tables.conftest import METHODS, write_scale, write_yaml
 
 ONE = {"models": ["small"], "tasks": ["reviews"], "methods": ["fp16_sft"]}
 TABLES = ROOT / "tables"
@@ -111,14 +111,14 @@ def test_a_method_of_the_scale_replaces_one_of_the_same_name(make_plan: Callable
         ),
     ],
 )
-def test_a_wrong_plan_is_one_clear_error(write_tables: Write, changes: dict[str, Any], message: str) -> None:
-    folder = write_tables(**changes)
+def test_a_wrong_plan_is_one_clear_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = write_scale(tmp_path / "tables", **changes)
     with pytest.raises(ValueError, match=message):
         read_plan(folder, "tiny", ROOT / "params.yaml")
 
 
-def test_an_unknown_scale_names_those_there_are(write_tables: Write, tmp_path: Path) -> None:
-    folder = write_tables()
+def test_an_unknown_scale_names_those_there_are(tmp_path: Path) -> None:
+    folder = write_scale(tmp_path / "tables")
     write_yaml(folder / "another.yaml", {})
     assert list_scales(folder) == ["another", "tiny"]
     with pytest.raises(ValueError, match=r"unknown scale=gpu; .*tables defines another, tiny"):
