@@ -21,6 +21,7 @@ COLUMNS = ("method", "model", "task", "metric", "seeds", "mean", "spread", "ci_l
 PAIRED_COLUMNS = (
     "first", "second", "model", "task", "seeds", "num_examples", "difference", "ci_low", "ci_high", "mcnemar_p",
 )  # fmt: skip
+METRICS = {"classification": ["accuracy"], "generation": ["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"]}
 
 Results = Mapping[Cell, dict[str, Any]]
 Scores = NDArray[np.float64]  # (seeds, examples)
@@ -81,8 +82,8 @@ def table_rows(plan: Plan, group: str, results: Results, paper: Mapping[tuple[st
             for method in spec.methods:
                 cells = [Cell(model, task, method, seed) for seed in seeds]
                 done = {cell.seed: results[cell] for cell in cells if cell in results}
-                metrics = list(next(iter(done.values()))["metrics"]) if done else ["accuracy"]
-                for metric in metrics:
+                kind = plan.params(cells[0]).data.resolved_template.kind
+                for metric in next(iter(done.values()))["metrics"] if done else METRICS[kind]:
                     known = paper.get((group, method, plan.scale.models[model].stands_for or "", task, metric))
                     rows.append(_row(cells[0], metric, done, seeds, known))
     return rows
