@@ -9,7 +9,11 @@ from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.quantize.activation import fake_quantize_activation
 from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight
 
-QUANTIZERS = [WeightQuantizer(), WeightQuantizer("binary", "row"), WeightQuantizer("ternary", "block", 16)]
+QUANTIZERS = [
+    WeightQuantizer(),
+    WeightQuantizer("binary", "row"),
+    WeightQuantizer("ternary", "block", 16, "least_squares"),
+]
 
 
 def layer_and_input(quantizer: WeightQuantizer, *, normed: bool = True) -> tuple[BitLinear, Tensor]:

@@ -64,7 +64,8 @@ def test_a_seed_replaces_every_seed() -> None:
             "base.scratch.architecture=gpt2",
             r"scratch\.architecture: .*'qwen3', 'qwen2', 'llama' or 'gemma3_text'",
         ),
-        ("surgery.weight_block_size=8", r"surgery\.weight_block_size: .*greater than or equal to 16"),
+        ("surgery.weight_block_size=0", r"surgery\.weight_block_size: .*greater than or equal to 16"),
+        ("surgery.weight_block_size=24", r"surgery\.weight_block_size: .*multiple of 16"),
         ("surgery.subln_gain=two", r"surgery\.subln_gain: .*'one' or 'preserve'"),
         ("surgery.initializer=absmax", r"surgery\.initializer: .*'none', 'gptq' or 'awq'"),
         ("learning_rate", r"an override reads section\.key=value"),
@@ -78,6 +79,12 @@ def test_a_wrong_override_is_one_clear_error(override: str, message: str) -> Non
 def test_balance_without_measuring_is_refused() -> None:
     with pytest.raises(ValueError, match=r"balance_grad_norms needs grad_norm_every above 0; got grad_norm_every=0"):
         load_params(PARAMS, overrides=["distill.balance_grad_norms=1", "distill.grad_norm_every=0"])
+
+
+@pytest.mark.parametrize("override", ["surgery.weight_grid=binary", "surgery.initializer=gptq"])
+def test_a_least_squares_scale_has_its_own_grid_and_start(override: str) -> None:
+    with pytest.raises(ValueError, match="least_squares is for weight_grid ternary and initializer none; got"):
+        load_params(PARAMS, overrides=["surgery.weight_scale=least_squares", override])
 
 
 def test_no_distillation_at_all_is_a_valid_choice() -> None:

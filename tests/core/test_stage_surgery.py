@@ -48,10 +48,15 @@ def test_the_quantiser_survives_saving(workshop: Workshop, grid: str, granularit
     assert not (finished.path / "calibration.json").exists()
 
 
+def test_the_scale_rule_survives_saving(workshop: Workshop) -> None:
+    layers = bit_linears(operated(workshop, weight_scale="least_squares").model())
+    assert {layer.quantizer.scale_rule for layer in layers} == {"least_squares"}
+
+
 def test_blocks_that_do_not_divide_a_layer_are_refused(workshop: Workshop) -> None:
     message = r"weight_block_size must divide every layer's input width; got layer=layers.0.self_attn.q_proj, width=32"
     with pytest.raises(ValueError, match=message):
-        operated(workshop, weight_granularity="block", weight_block_size=24)
+        operated(workshop, weight_granularity="block", weight_block_size=48)
 
 
 @pytest.mark.parametrize("calibration", ["corpus", "examples"])
