@@ -73,7 +73,7 @@ def _methods(group: str, label: str) -> Callable[[Plan, Tables, Results, Path], 
         tasks = list(dict.fromkeys(row.task for row in rows))
         with _panels(directory / f"{group}.png", len(tasks)) as panels:
             for task, axes in zip(tasks, panels, strict=True):
-                chosen = [row for row in rows if row.task == task]
+                chosen = headline(rows, task)
                 _bars(axes, list(range(len(chosen))), chosen, 0.6, BLUE, None)
                 names = [plan.methods[row.method].label for row in chosen]
                 axes.set_xticks(range(len(chosen)), names, rotation=30, ha="right", fontsize=8)
@@ -84,6 +84,12 @@ def _methods(group: str, label: str) -> Callable[[Plan, Tables, Results, Path], 
         return True
 
     return figure
+
+
+def headline(rows: Sequence[Row], task: str) -> list[Row]:
+    """The rows of a task by its first metric: bars of several metrics do not belong on one axis."""
+    own = [row for row in rows if row.task == task]
+    return [row for row in own if row.metric == own[0].metric]
 
 
 def _weights(plan: Plan, tables: Tables, results: Results, directory: Path) -> bool:
