@@ -236,3 +236,12 @@ def test_an_error_in_training_leaves_every_layer_quantised(student: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         fail(1.0)
     assert hardness(model) == {1.0}
+
+
+def test_balanced_terms_have_the_task_gradients_norm(workshop: Workshop, student: Path) -> None:
+    config = section("distill", num_epochs=1.0, grad_norm_every=2, balance_grad_norms=0.5, hidden_kd_weight=1.0)
+    inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
+    log = workshop.run(distill, config, inputs, "distill").log
+    first = next(metrics for step, metrics in log if step == 1 and "distill/grad_norm_task_loss" in metrics)
+    for part in ("logits_kd", "attention_kd", "hidden_kd"):
+        assert first[f"distill/grad_norm_{part}"] == pytest.approx(0.5 * first["distill/grad_norm_task_loss"], rel=1e-4)
