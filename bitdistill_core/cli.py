@@ -5,12 +5,13 @@ Tasks and flows are imported inside the commands that need them, so `--help` and
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bitdistill_core.cli_errors import one_line_errors
+from bitdistill_core.cli_tables import commands
 
 # read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(commands)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameter file.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")]
@@ -31,22 +33,6 @@ DataRoot = Annotated[str | None, typer.Option(help="Read parquet below this dire
 Name = Annotated[str | None, typer.Option(help="Name of the run, runs/NAME.")]
 Threads = Annotated[int, typer.Option(min=0, help="0: every core.")]
 Model = Annotated[Path, typer.Argument(help="A model.bitdistill file, or a run's directory.")]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A user's error, or the machine's, as one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-    except ModuleNotFoundError as error:
-        typer.echo(f"error: this command needs the full install, and package {error.name} is missing", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command to go on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()

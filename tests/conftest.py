@@ -1,8 +1,10 @@
 """Environment of every test: offline, no telemetry, one thread, nothing written into the project; a tiny conversion."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _HOME = tempfile.TemporaryDirectory(prefix="bitdistill-tests-")
 os.environ.update({
@@ -21,6 +23,7 @@ for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from ruamel.yaml import YAML  # noqa: E402
 
 from bitdistill_core.config import Params, load_params  # noqa: E402
 from bitdistill_core.pipeline import NODES, run_node  # noqa: E402
@@ -69,6 +72,36 @@ TINY = {
     "benchmark.num_rounds": 1,
     "benchmark.warmup_rounds": 0,
 }
+
+# two cells that share their base, and one that fails when it is run
+TINY_SCALE = {
+    "description": "Tables at scale tiny",
+    "seeds": [0],
+    "models": {"small": {"label": "Small"}},
+    "tasks": {"reviews": {"label": "Reviews"}},
+    "methods": {"broken": {"label": "Broken", "params": {"distill": {"num_relation_heads": 7}}}},
+    "groups": {
+        "table1": {"models": ["small"], "tasks": ["reviews"], "methods": ["fp16_sft", "bitnet_sft"]},
+        "table6": {"models": ["small"], "tasks": ["reviews"], "methods": ["broken"]},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_scale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of scales whose scale, tiny, runs in seconds."""
+    folder = tmp_path_factory.mktemp("scales")
+    for name in ("methods.yaml", "paper.csv"):
+        shutil.copy(ROOT / "tables" / name, folder)
+    params: dict[str, Any] = {}
+    for key, value in TINY.items():
+        *sections, last = key.split(".")
+        node = params
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    YAML(typ="safe").dump({**TINY_SCALE, "params": params}, folder / "tiny.yaml")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from bitdistill_core.cli import app
 from tests.conftest import ROOT
 
-COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report"]
+COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report", "tables", "cell", "estimate"]
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -44,6 +44,12 @@ def test_every_command_has_help(command: str) -> None:
         (["classify", "nowhere", "text"], "no packed model at path=nowhere"),
         (["inspect"], "inspect needs a model or --cpu"),
         (["report", "nowhere"], "no report in run=nowhere"),
+        (["tables", "--profile", "none"], "unknown scale=none; "),
+        (["tables", "--groups", "table1,table9"], "unknown group=table9; the groups are table1, "),
+        (["cell", "none", "sst2", "bitdistill", "0"], "unknown model=none; the models are qwen3-0.5m, "),
+        (["cell", "qwen3-0.5m", "none", "bitdistill", "0"], "unknown task=none; the tasks are sst2, "),
+        (["cell", "qwen3-0.5m", "sst2", "none", "0"], "unknown method=none; the methods are fp16_sft, "),
+        (["estimate", "--profile", "none"], "unknown scale=none; "),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(
@@ -51,6 +57,8 @@ def test_a_mistake_is_one_line_on_stderr(
 ) -> None:
     if arguments[0] in ("convert", "stage"):
         arguments = [*arguments, "--params", str(ROOT / "params.yaml")]
+    if arguments[0] in ("tables", "cell", "estimate"):
+        arguments = [*arguments, "--params", str(ROOT / "params.yaml"), "--tables", str(ROOT / "tables")]
     monkeypatch.chdir(tmp_path)
     code, out, error = run(*arguments)
     assert code == 1
@@ -58,6 +66,7 @@ def test_a_mistake_is_one_line_on_stderr(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_inspect_shows_the_kernels_of_this_processor() -> None:

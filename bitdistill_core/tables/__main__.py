@@ -16,7 +16,8 @@ def main() -> int:
     """Exit code 0 when every cell of the chosen groups is there, 1 when some failed, 2 when time ran out."""
     parser = argparse.ArgumentParser(prog="python -m bitdistill_core.tables", description=__doc__)
     parser.add_argument("--scale", required=True, help="a file of the tables folder: cpu, smollm2, gpu, paper")
-    parser.add_argument("--out", type=Path, required=True, help="results and, below store/, checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="where results are written")
+    parser.add_argument("--store", type=Path, help="where checkpoints are kept (default: OUT/store)")
     parser.add_argument("--budget-minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--data-root", help="read parquet below this directory instead of the hub")
     parser.add_argument("--groups", help="comma list, like table5,table6 (default: all)")
@@ -29,7 +30,7 @@ def main() -> int:
         groups = options.groups.split(",") if options.groups else None
         outcome = run_plan(
             plan,
-            store=options.out / "store",
+            store=options.store or options.out / "store",
             results=options.out,
             data_root=options.data_root,
             groups=groups,

@@ -4,7 +4,7 @@ A cell is one model, trained for one task by one method with one seed. Its param
 scale, the model, the task and the method change, in that order; a seed is that of fine-tuning and distillation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,7 @@ from pydantic import Field
 from bitdistill_core.config import Params, Section, merged, read_yaml, validated
 
 GROUPS = ("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c", "options")
+NO_SCALE = {"methods", "dvc"}  # files beside those of the scales
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,10 @@ class Plan:
         """The cells of the groups (None: all), each once. Every seed but the first comes after all first seeds.
 
         Raises:
-            ValueError: a group that the scale does not have.
+            ValueError: a group that the scale lacks.
         """
         for name in groups or ():
-            if name not in self.scale.groups:
-                raise ValueError(
-                    f"scale={self.name} has no group={name}; its groups are {', '.join(self.scale.groups)}"
-                )
+            _check_known("group", name, self.scale.groups)
         cells = [
             Cell(model, task, method, seed)
             for name, group in self.scale.groups.items()
@@ -119,6 +117,19 @@ class Plan:
         ]
         rank = {seed: index for index, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
         return sorted(dict.fromkeys(cells), key=lambda cell: rank[cell.seed])
+
+    def find(self, model: str, task: str, method: str, seed: int) -> Cell:
+        """The cell of these names, in a group or not.
+
+        Raises:
+            ValueError: a model, task or method that the scale lacks, or parameters that do not go together.
+        """
+        _check_known("model", model, self.scale.models)
+        _check_known("task", task, self.scale.tasks)
+        _check_known("method", method, self.methods)
+        cell = Cell(model, task, method, seed)
+        self.params(cell)
+        return cell
 
     def params(self, cell: Cell, *, data_root: str | None = None) -> Params:
         """The parameters of a cell.
@@ -144,9 +155,14 @@ class Plan:
             raise ValueError(f"cell {cell}: {error}") from None
 
 
+def _check_known(kind: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind}={name}; the {kind}s are {', '.join(known)}")
+
+
 def list_scales(folder: Path) -> list[str]:
     """The scales that the folder defines."""
-    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "methods")
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in NO_SCALE)
 
 
 def read_plan(folder: Path, scale: str, params_file: Path) -> Plan:

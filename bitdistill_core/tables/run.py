@@ -10,6 +10,7 @@ from bitdistill_core.tables.cell import chain, discard_checkpoints, read_result,
 from bitdistill_core.tables.plan import Cell, Plan
 
 Tell = Callable[[str], None]
+RunCell = Callable[..., dict[str, Any]]  # takes what `run_cell` takes, and does it
 
 
 class OutOfTime(Exception):
@@ -25,6 +26,15 @@ class Outcome:
     left: list[Cell] = field(default_factory=list)
 
 
+def survey(plan: Plan, cells: Sequence[Cell], results: Path) -> Outcome:
+    """Which cells have a finished result of the plan's parameters, and which are left."""
+    outcome = Outcome()
+    for cell in cells:
+        has_result = read_result(results, cell, chain(plan, cell)) is not None
+        (outcome.finished if has_result else outcome.left).append(cell)
+    return outcome
+
+
 def run_plan(
     plan: Plan,
     *,
@@ -32,18 +42,24 @@ def run_plan(
     results: Path,
     data_root: str | None,
     groups: Sequence[str] | None = None,
+    cells: Sequence[Cell] | None = None,
     budget_minutes: float | None = None,
     keep_checkpoints: bool = False,
     tell: Tell = print,
+    run: RunCell = run_cell,
     on_result: Callable[[Cell, dict[str, Any]], None] | None = None,
 ) -> Outcome:
     """Runs every cell of the groups (None: all), most valuable first, and writes each result when it is there.
 
     Args:
         store: stages and checkpoints; results: result files, below cells/.
+        cells: run only these; checkpoints that other cells of the groups need stay.
         budget_minutes: stop after so long, at a training checkpoint; the same call goes on from there. None: no limit.
         keep_checkpoints: keep models that no further cell needs.
+        run: what runs a cell; a flow gives each to a task of its own.
         on_result: called for every cell that was run.
+    Raises:
+        ValueError: an unknown group, or an unreadable result.
     """
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
 
@@ -51,20 +67,20 @@ def run_plan(
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTime
 
-    cells = plan.cells(groups)
-    outcome = Outcome()
-    for number, cell in enumerate(cells, start=1):
-        last = chain(plan, cell, data_root=data_root)
-        if read_result(results, cell, last) is not None:
-            outcome.finished.append(cell)
-            continue
-        tell(f"[{number}/{len(cells)}] {cell}")
+    planned = plan.cells(groups)
+    cells = planned if cells is None else cells
+    found = survey(plan, cells, results)
+    pending, outcome = found.left, Outcome(found.finished)
+    needing = survey(plan, planned, results).left
+    for number, cell in enumerate(pending):
+        place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
+        tell(place)
         started = time.monotonic()
         try:
             keep_time({}, 0)
-            result = run_cell(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
+            result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
         except OutOfTime:
-            outcome.left = [cell for cell in cells[number - 1 :] if cell not in outcome.finished]
+            outcome.left = pending[number:]
             tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(outcome.left)}")
             break
         except ValueError as error:  # a cell that diverges must not cost the others
@@ -73,9 +89,10 @@ def run_plan(
             continue
         outcome.finished.append(cell)
         headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        tell(f"[{number}/{len(cells)}] {cell}: {headline} ({time.monotonic() - started:.0f} s)")
+        tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
         if on_result is not None:
             on_result(cell, result)
         if not keep_checkpoints:
-            discard_checkpoints(plan, store, [cell], cells[number:])
+            done = {*outcome.finished, *outcome.failed}
+            discard_checkpoints(plan, store, [cell], [other for other in needing if other not in done])
     return outcome
