@@ -22,7 +22,7 @@ def commit(run_dir: Path, params: Params, *, params_file: Path) -> bool:
         return False
     if run_dir.resolve() != root / DVC_RUN or not _has_plain_params(params, root / "params.yaml"):
         return False
-    command = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet"]
+    command = [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", "dvc.yaml"]  # not tables/dvc.yaml
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()

@@ -1,5 +1,10 @@
-"""One graph, four drivers: pipeline.NODES, params.yaml, dvc.yaml and prefect.yaml must say the same."""
+"""One graph, four drivers: pipeline.NODES, params.yaml, dvc.yaml and prefect.yaml must say the same.
 
+The paper's tables: the plan of scale cpu and tables/dvc.yaml must say the same.
+"""
+
+import json
+import runpy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,9 @@ from ruamel.yaml import YAML
 
 from bitdistill_core.config import Params, list_profiles, load_params
 from bitdistill_core.pipeline import NODES, Node, find_node
+from bitdistill_core.tables.cell import chain, result_path, run_cell
+from bitdistill_core.tables.plan import Plan, read_plan
+from bitdistill_core.tables.render import render
 from tasks import stages
 from tasks.versioning import DVC_RUN
 
@@ -20,13 +28,13 @@ def read_yaml(name: str) -> Any:
     return YAML(typ="safe", pure=True).load((ROOT / name).read_text())
 
 
-def dvc_stages() -> dict[str, dict[str, Any]]:
-    """The stages of dvc.yaml with `foreach` written out, by DVC's own resolver."""
+def dvc_stages(file: str) -> dict[str, dict[str, Any]]:
+    """The stages of a dvc.yaml with `foreach` written out, by DVC's own resolver."""
     from dvc.dvcfile import ProjectFile
     from dvc.repo import Repo
 
     repo = Repo(str(ROOT), uninitialized=True)
-    return dict(ProjectFile(repo, str(ROOT / "dvc.yaml")).resolver.resolve()["stages"])
+    return dict(ProjectFile(repo, str(ROOT / file)).resolver.resolve()["stages"])
 
 
 def directory(name: str) -> str:
@@ -35,7 +43,18 @@ def directory(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def dvc() -> dict[str, dict[str, Any]]:
-    return dvc_stages()
+    return dvc_stages("dvc.yaml")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return read_plan(ROOT / "tables", "cpu", ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def make_dvc() -> Any:
+    """The script that writes tables/dvc.yaml."""
+    return runpy.run_path(str(ROOT / "tables/make_dvc.py"))
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.name)
@@ -74,6 +93,47 @@ def test_dvc_metrics_and_plots_lie_in_stage_directories() -> None:
     paths = [plot if isinstance(plot, str) else next(iter(plot["Loss curves"]["y"])) for plot in content["plots"]]
     for path in [*content["metrics"], *paths]:
         assert any(path.startswith(f"{output}/") for output in outputs), path
+
+
+def test_the_pipeline_of_the_tables_is_that_of_the_plan(plan: Plan, make_dvc: Any) -> None:
+    assert (ROOT / "tables/dvc.yaml").read_text() == make_dvc["pipeline"](plan), "run python tables/make_dvc.py"
+
+
+def test_dvc_has_every_cell_once_and_the_tables_depend_on_all(plan: Plan) -> None:
+    stages = dvc_stages("tables/dvc.yaml")
+    tables = stages.pop("tables")
+    commands = [f"bitdistill cell {c.model} {c.task} {c.method} {c.seed} --profile cpu" for c in plan.cells()]
+    assert [stage["cmd"] for stage in stages.values()] == commands
+    outs = [next(iter(stage["outs"][0])) for stage in stages.values()]
+    assert outs == [result_path(Path("results/cpu"), cell).as_posix() for cell in plan.cells()]
+    assert "results/cpu/cells" in tables["deps"]
+    assert all(out.startswith("results/cpu/cells/") for out in outs)
+    assert {stage["wdir"] for stage in [tables, *stages.values()]} == {".."}
+
+
+def test_the_parameters_of_a_cell_in_dvc_are_those_that_it_reads(plan: Plan) -> None:
+    stages = dvc_stages("tables/dvc.yaml")
+    sections = {
+        section for section in stages["cell@qwen3-0.5m-sst2-bitdistill-0"]["params"] if isinstance(section, str)
+    }
+    read = {step.name for cell in plan.cells() for step in chain(plan, cell).before()}
+    assert sections == {*read, "evaluate"}
+
+
+def test_dvc_knows_every_file_that_rendering_writes(
+    plan: Plan, make_dvc: Any, tiny_scale: Path, tmp_path: Path
+) -> None:
+    """Rendered from one tiny result in the place of every cell's."""
+    tiny = read_plan(tiny_scale, "tiny", ROOT / "params.yaml")
+    cell = tiny.find("small", "reviews", "bitdistill", 0)
+    store, results = tmp_path / "store", tmp_path / "results"
+    result = run_cell(tiny, cell, store=store, results=tmp_path / "tiny", data_root=None)
+    for other in plan.cells():
+        path = result_path(results, other)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**result, "recipe": chain(plan, other).recipe}))
+    assert render(plan, results, ROOT / "tables/paper.csv") == []
+    assert sorted(path.name for path in results.iterdir() if path.is_file()) == make_dvc["outputs"](plan)
 
 
 def test_there_is_a_deployment_for_every_profile() -> None:

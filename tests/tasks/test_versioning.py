@@ -23,7 +23,7 @@ def run(*command: str, cwd: Path) -> str:
 @pytest.fixture
 def project(tmp_path: Path, finished_run: Path) -> Path:
     """A git and DVC project whose params.yaml is the tiny one, with its finished run."""
-    for name in ("dvc.yaml", ".dvc", ".dvcignore", ".gitignore", "data/demo", "bitdistill_core/__init__.py"):
+    for name in ("dvc.yaml", "tables", ".dvc", ".dvcignore", ".gitignore", "data/demo", "bitdistill_core/__init__.py"):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
@@ -50,7 +50,7 @@ def test_a_conversion_of_the_plain_parameters_leaves_dvc_clean(project: Path) ->
     params_file = project / "params.yaml"
     params = load_params(params_file, overrides=["runtime.num_threads=2"])  # the machine's section does not count
     assert versioning.commit(project / "runs/demo", params, params_file=params_file)
-    assert "up to date" in run(sys.executable, "-m", "dvc", "status", cwd=project)
+    assert "up to date" in run(sys.executable, "-m", "dvc", "status", "dvc.yaml", cwd=project)
     assert "runs/" not in run("git", "status", "--porcelain", cwd=project)
     assert "evaluate/test/accuracy" in run(sys.executable, "-m", "dvc", "metrics", "show", cwd=project)
     shutil.rmtree(project / "runs/demo/report")

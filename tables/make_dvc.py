@@ -1,0 +1,91 @@
+"""Writes tables/dvc.yaml: one stage a cell of scale cpu, and one that draws the tables. Run it after a change of plan.
+
+    python tables/make_dvc.py
+
+DVC has a matrix over models, tasks, methods and seeds, but the cells of a scale are a union of such products, and no
+two stages may have the same output: so every cell is listed, under the name that a matrix would give it.
+"""
+
+from pathlib import Path
+
+from bitdistill_core.tables.plan import Cell, Plan, read_plan
+
+SCALE = "cpu"
+ROOT = Path(__file__).parent.parent
+FIGURES = ("figure1", "figure2", "figure3a")  # those that are no group of cells
+DRAWN_GROUPS = ("figure3b", "figure3c")
+HEADER = f"""\
+# Scale {SCALE} of the paper's tables as a DVC pipeline. Written by tables/make_dvc.py. From the project's root:
+#   dvc repro tables/dvc.yaml:tables               every cell that is missing, then all tables and figures
+#   dvc repro tables/dvc.yaml:cell@MODEL-TASK-METHOD-SEED            one cell
+# or, in this folder, `dvc repro tables`. A plain `dvc repro` at the root makes the demo and none of this, which takes
+# hours. Results are in git, not in DVC's cache; a cell whose result is that of its parameters returns at once. Without
+# the hub, set data.data_root in params.yaml: it is no part of what makes a result stale.
+stages:
+  cell:
+    foreach:
+"""
+STAGES = f"""\
+    do:
+      wdir: ..
+      cmd: bitdistill cell ${{item.model}} ${{item.task}} ${{item.method}} ${{item.seed}} --profile {SCALE}
+      deps:
+        - bitdistill_core/__init__.py  # the code version
+      params:
+        - data
+        - base
+        - surgery
+        - teacher
+        - pretrain
+        - distill
+        - evaluate
+        - tables/{SCALE}.yaml:
+            - params
+            - models
+            - tasks
+            - methods
+        - tables/methods.yaml:
+            - methods
+      outs:
+        - results/{SCALE}/cells/${{item.model}}/${{item.task}}/${{item.method}}/seed${{item.seed}}.json:
+            cache: false
+            persist: true
+
+  tables:
+    wdir: ..
+    cmd: bitdistill tables --profile {SCALE} --render-only
+    deps:
+      - bitdistill_core/tables
+      - results/{SCALE}/cells  # with every cell's output in it
+      - tables/{SCALE}.yaml
+      - tables/methods.yaml
+      - tables/paper.csv
+    outs:
+"""
+
+
+def pipeline(plan: Plan) -> str:
+    """The text of tables/dvc.yaml."""
+    cells = "".join(f"      {_name(cell)}: {_values(cell)}\n" for cell in plan.cells())
+    outs = "".join(f"      - results/{plan.name}/{name}:\n          cache: false\n" for name in outputs(plan))
+    return HEADER + cells + STAGES + outs
+
+
+def outputs(plan: Plan) -> list[str]:
+    """The files that rendering the whole plan writes."""
+    groups = [f"{group}.{kind}" for group in plan.scale.groups for kind in ("csv", "md")]
+    figures = [f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "png")]
+    drawn = [f"{group}.png" for group in DRAWN_GROUPS if group in plan.scale.groups]
+    return sorted([*groups, *figures, *drawn, "paired.csv", "README.md"])
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.model}-{cell.task}-{cell.method}-{cell.seed}"
+
+
+def _values(cell: Cell) -> str:
+    return f"{{model: {cell.model}, task: {cell.task}, method: {cell.method}, seed: {cell.seed}}}"
+
+
+if __name__ == "__main__":
+    (ROOT / "tables/dvc.yaml").write_text(pipeline(read_plan(ROOT / "tables", SCALE, ROOT / "params.yaml")))
