@@ -10,26 +10,28 @@ from bitdistill_core.cli_errors import one_line_errors
 
 commands = typer.Typer()
 
-Profile = Annotated[str, typer.Option(help="A scale: a file name in tables/, like cpu, smollm2 or gpu.")]
-Budget = Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")]
-DataRoot = Annotated[str | None, typer.Option(help="Read parquet below this directory instead of the hub.")]
-Out = Annotated[Path | None, typer.Option(help="Where results are written. (default: results/PROFILE)")]
-Store = Annotated[Path | None, typer.Option(help="Where checkpoints are kept. (default: runs/tables/PROFILE)")]
-Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep models that no other cell needs.")]
-Plans = Annotated[Path, typer.Option("--tables", help="The folder of scales.")]
-ParamsFile = Annotated[Path, typer.Option("--params", help="The parameter file.")]
+Profile = Annotated[str, typer.Option(metavar="NAME", help="A scale, tables/NAME.yaml.")]
+Budget = Annotated[float | None, typer.Option(min=0, metavar="N", help="Stop then; the same command goes on.")]
+DataRoot = Annotated[str | None, typer.Option(metavar="DIR", help="Read parquet there instead of the hub.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Results (default: results/PROFILE).")]
+Store = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoints (default: runs/tables/PROFILE).")]
+Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Even what no other cell needs.")]
+Track = Annotated[bool, typer.Option(help="Record finished cells in MLflow.")]
+Plans = Annotated[Path, typer.Option("--tables", metavar="DIR", help="The folder of scales.")]
+ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameter file.")]
 
 
 @commands.command()
 def tables(
     profile: Profile = "cpu",
-    groups: Annotated[str | None, typer.Option(help="Comma list, like table5,table6. (default: all)")] = None,
+    groups: Annotated[str | None, typer.Option(metavar="LIST", help="Like table5,table6 (default: all).")] = None,
     budget_minutes: Budget = None,
     data_root: DataRoot = None,
     out: Out = None,
     store: Store = None,
     render_only: Annotated[bool, typer.Option("--render-only", help="Run nothing, write what is there.")] = False,
     keep_checkpoints: Keep = False,
+    track: Track = True,
     plans: Plans = Path("tables"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
@@ -37,23 +39,22 @@ def tables(
     with one_line_errors():
         from bitdistill_core.tables.plan import read_plan
         from bitdistill_core.tables.render import render
-        from bitdistill_core.tables.run import run_plan, survey
+        from tasks.tables import run_tables
 
         plan = read_plan(plans, profile, params_file)
-        results, chosen = out or Path("results", profile), names_in(groups)
-        if render_only:
-            outcome = survey(plan, plan.cells(chosen), results)
-        else:
-            outcome = run_plan(
-                plan,
-                store=store or Path("runs", "tables", profile),
-                results=results,
-                data_root=data_root,
-                groups=chosen,
-                budget_minutes=budget_minutes,
-                keep_checkpoints=keep_checkpoints,
-                tell=tell,
-            )
+        results = out or Path("results", profile)
+        outcome = run_tables(
+            plan,
+            store=store or Path("runs", "tables", profile),
+            results=results,
+            data_root=data_root,
+            groups=names_in(groups),
+            budget_minutes=budget_minutes,
+            keep_checkpoints=keep_checkpoints,
+            is_survey=render_only,
+            track=track,
+            tell=tell,
+        )
         render(plan, results, plans / "paper.csv")
         tell(f"tables: {results / 'README.md'}")
         finish(outcome, results)
@@ -71,17 +72,18 @@ def cell(
     out: Out = None,
     store: Store = None,
     keep_checkpoints: Keep = False,
+    track: Track = True,
     plans: Plans = Path("tables"),
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Run one cell of the tables, unless its result is there. The last line of stdout is JSON."""
     with one_line_errors():
         from bitdistill_core.tables.plan import read_plan
-        from bitdistill_core.tables.run import run_plan
+        from tasks.tables import run_tables
 
         plan = read_plan(plans, profile, params_file)
         results = out or Path("results", profile)
-        outcome = run_plan(
+        outcome = run_tables(
             plan,
             store=store or Path("runs", "tables", profile),
             results=results,
@@ -89,6 +91,7 @@ def cell(
             cells=[plan.find(model, task, method, seed)],
             budget_minutes=budget_minutes,
             keep_checkpoints=keep_checkpoints,
+            track=track,
             tell=tell,
         )
         finish(outcome, results)

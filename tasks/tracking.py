@@ -1,4 +1,4 @@
-"""The copy of a conversion in MLflow: a parent run a conversion, a nested run a stage. The only importer of mlflow.
+"""The copy of a conversion in MLflow: a parent run a conversion, a nested run a stage.
 
 The files of the run directory come first. A stage is sent from its metrics.jsonl whether it has just ended, was up to
 date or is sent days later by `send`; while it trains, its reports go ahead of that in batches. What is already in
@@ -11,10 +11,9 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -23,7 +22,8 @@ from bitdistill_core import __version__
 from bitdistill_core.config import Params
 from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result
 from bitdistill_core.pipeline import NODES, Node, find_node, run_node
-from tasks.parameters import flatten, without_private
+from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
+from tasks.parameters import without_private
 from tasks.results import headline_metrics
 from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_manifest, section_of
 from tasks.versioning import git_commit
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0
-SYSTEM_METRICS_SECONDS = 5.0
-MAX_BATCH_METRICS, MAX_BATCH_PARAMS = 1000, 100  # MLflow's limits
 PACKED = "pack@bitdistill"
 P = ParamSpec("P")
 
@@ -134,7 +132,7 @@ class Conversion:
         self.profile = profile if profile is not None else re.sub(r"-seed\d+$", "", run_dir.name)
         self.is_off = True  # until `open`
         self._is_changed = False
-        self._stages: dict[str, _StageRun] = {}
+        self._stages: dict[str, BufferedRun] = {}
         self._done: set[str] = set()
         self._client: MlflowClient
         self._experiment: Experiment
@@ -193,14 +191,7 @@ class Conversion:
 
     @_guarded
     def _open(self, started: float, flow_run_id: str | None) -> None:
-        import mlflow
-
-        for name in ("alembic", "mlflow", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
-        mlflow.set_tracking_uri(uri)
-        self._client = mlflow.MlflowClient(uri)
-        self._experiment = _experiment(self._client, is_local=uri.startswith("sqlite:"))
+        self._client, self._experiment = connect("bitdistill")
         values = self.params.model_dump(mode="json", exclude={"runtime"})
         commit = git_commit()
         key = hashlib.sha256(json.dumps([self.run_dir.name, values], sort_keys=True).encode()).hexdigest()
@@ -213,9 +204,9 @@ class Conversion:
             **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
             **({"mlflow.source.git.commit": commit} if commit else {}),
         }
-        found = self._search({"bitdistill.conversion": key})
+        found = find_runs(self._client, self._experiment, {"bitdistill.conversion": key})
         self._parent = found[0] if found else self._create_run(self.run_dir.name, started, tags)
-        _log_params(self._client, self._parent.info.run_id, values, tags)
+        log_params(self._client, self._parent.info.run_id, values, tags)
         if found and self._parent.info.status != "FINISHED":
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
 
@@ -240,36 +231,36 @@ class Conversion:
             self._start_stage(node)
         self._stages[node.name].end(status, time.time(), fingerprint=None)
 
-    def _find_stage(self, node: Node, fingerprint: str | None) -> "_StageRun | None":
+    def _find_stage(self, node: Node, fingerprint: str | None) -> BufferedRun | None:
         """The nested run of this fingerprint, or else one that has not got as far as having a fingerprint."""
-        found = self._search({"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name})
+        found = find_runs(
+            self._client,
+            self._experiment,
+            {"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name},
+        )
         for wanted in (fingerprint, None):
             for run in found:
                 if run.data.tags.get("bitdistill.fingerprint") == wanted:
-                    stage = _StageRun(self._client, run.info.run_id, wanted, set(run.data.metrics))
+                    stage = BufferedRun(self._client, run.info.run_id, wanted, set(run.data.metrics))
                     if wanted is None:
                         self._client.update_run(run.info.run_id, status="RUNNING")
                         self._is_changed = True
                     return stage
         return None
 
-    def _new_stage(self, node: Node, started: float) -> "_StageRun":
+    def _new_stage(self, node: Node, started: float) -> BufferedRun:
         tags = {"mlflow.parentRunId": self._parent.info.run_id, "bitdistill.stage": node.name}
         run = self._create_run(node.name, started, {**tags, "bitdistill.run": self.run_dir.name})
-        _log_params(self._client, run.info.run_id, {node.section: section_of(node, self.params)}, {})
+        log_params(self._client, run.info.run_id, {node.section: section_of(node, self.params)}, {})
         if not self._is_changed and self._parent.info.status == "FINISHED":
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
         self._is_changed = True
-        return _StageRun(self._client, run.info.run_id, None, set())
+        return BufferedRun(self._client, run.info.run_id, None, set())
 
     def _create_run(self, name: str, started: float, tags: dict[str, str]) -> "Run":
         return self._client.create_run(
             self._experiment.experiment_id, start_time=int(started * 1000), tags=tags, run_name=name
         )
-
-    def _search(self, tags: Mapping[str, str]) -> "list[Run]":
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        return list(self._client.search_runs([self._experiment.experiment_id], query))
 
     def _log_datasets(self, manifest: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -295,7 +286,7 @@ class Conversion:
         run_id = self._parent.info.run_id
         if self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
             return
-        metrics = _StageRun(self._client, run_id, None, set())
+        metrics = BufferedRun(self._client, run_id, None, set())
         metrics.add(headline_metrics(json.loads((directory / "results.json").read_text())), 0, end_time(manifest))
         metrics.flush()
         self._client.log_artifacts(run_id, str(directory), "report")
@@ -322,76 +313,3 @@ class Conversion:
         self._client.set_registered_model_alias(name, "champion", version.version)
         self._client.set_tag(run_id, "bitdistill.packed", manifest["fingerprint"])
         self._is_changed = True  # start_run ended the run with the time of now
-
-
-class _StageRun:
-    """A run in MLflow with a buffer of metrics. A step of a metric is sent once."""
-
-    def __init__(self, client: "MlflowClient", run_id: str, fingerprint: str | None, keys: set[str]) -> None:
-        self.client, self.run_id, self.fingerprint = client, run_id, fingerprint
-        self.flushed = time.monotonic()
-        self._buffer: list[Any] = []
-        self._monitor: Any = None
-        names = {key for key in keys if not key.startswith("system/")}
-        self._sent = {(m.key, m.step) for key in names for m in client.get_metric_history(run_id, key)}
-
-    @property
-    def keys(self) -> set[str]:
-        """Metrics that have a value."""
-        return {key for key, _ in self._sent}
-
-    def add(self, metrics: Mapping[str, float], step: int, timestamp: float) -> None:
-        from mlflow.entities import Metric
-
-        for name, value in metrics.items():
-            key = re.sub(r"[^\w./ :-]", "_", name)
-            if (key, step) not in self._sent:
-                self._sent.add((key, step))
-                self._buffer.append(Metric(key, float(value), int(timestamp * 1000), int(step)))
-
-    def flush(self) -> None:
-        for batch in _chunks(self._buffer, MAX_BATCH_METRICS):
-            self.client.log_batch(self.run_id, metrics=batch)
-        self._buffer.clear()
-        self.flushed = time.monotonic()
-
-    def start_system_metrics(self, uri: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(
-            self.run_id, sampling_interval=SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
-        )
-        self._monitor.start()
-
-    def end(self, status: str, ended: float, *, fingerprint: str | None) -> None:
-        self.flush()
-        if self._monitor is not None:
-            self._monitor.finish()
-        if fingerprint is not None:
-            self.client.set_tag(self.run_id, "bitdistill.fingerprint", fingerprint)
-            self.fingerprint = fingerprint
-        self.client.set_terminated(self.run_id, status, int(ended * 1000))
-
-
-def _experiment(client: "MlflowClient", *, is_local: bool) -> "Experiment":
-    """The experiment, made on first use; a local store keeps its artifacts in ./mlartifacts."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bitdistill")
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        location = (Path.cwd() / "mlartifacts").as_uri() if is_local else None
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs, not on traces
-        return client.get_experiment(client.create_experiment(name, artifact_location=location, tags=tags))
-    return found
-
-
-def _log_params(client: "MlflowClient", run_id: str, values: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-    from mlflow.entities import Param, RunTag
-
-    texts = {key: without_private(str(value)) for key, value in flatten(values).items()}
-    for batch in _chunks([Param(key, text) for key, text in texts.items()], MAX_BATCH_PARAMS):
-        client.log_batch(run_id, params=batch)
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
-def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -13,7 +13,7 @@ CELLS = Path("results/tiny/cells/small/reviews")
 
 @pytest.fixture
 def options(tiny_scale: Path) -> list[str]:
-    return ["--profile", "tiny", "--tables", str(tiny_scale), "--params", str(ROOT / "params.yaml")]
+    return ["--profile", "tiny", "--tables", str(tiny_scale), "--params", str(ROOT / "params.yaml"), "--no-track"]
 
 
 def test_one_cell_then_all_of_them(options: list[str]) -> None:
@@ -36,6 +36,7 @@ def test_one_cell_then_all_of_them(options: list[str]) -> None:
 
     code, out, error = run("cell", "small", "reviews", "bitnet_sft", "0", *options)
     assert (code, error) == (0, "")  # nothing was run
+    assert not Path("mlflow.db").exists()
 
 
 def test_a_cell_keeps_the_checkpoints_that_other_cells_need(options: list[str]) -> None:
