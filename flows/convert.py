@@ -5,7 +5,6 @@ Runs with a temporary server (`python -m flows.convert`, `bitdistill convert`) a
 
 import json
 import logging
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,12 +18,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.runtime import flow_run
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 from pydantic import Field
 
 from bitdistill_core.config import Params, load_params, run_name
 from bitdistill_core.pipeline import NODES, find_node
+from flows.server import start_temporary_server
 from tasks import stages, tracking, versioning
 from tasks.parameters import flatten
 from tasks.results import headline_metrics, results_table
@@ -74,17 +72,8 @@ def convert(
 
 
 def run_locally(**parameters: Any) -> dict[str, Any]:
-    """`convert` from a terminal: a temporary server, where none is configured, outlives Ctrl-C.
-
-    A terminal sends SIGINT to every process it started. A server that dies of it cannot record how the run ended, and
-    Prefect would ask it for a minute. The server inherits the blocked signal; this process is unblocked again.
-    """
-    if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            SubprocessASGIServer().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """`convert` from a terminal."""
+    start_temporary_server()
     result: dict[str, Any] = convert(**parameters)
     return result
 

@@ -1,4 +1,4 @@
-"""The core's stages as Prefect tasks, one each. They take paths and parameters and return a small dictionary.
+"""The core's stages as Prefect tasks, one each, and a cell of the tables. They take paths and parameters.
 
 Prefect's cache is off: the core's manifest decides what is up to date. No retries: training that fails must fail.
 """
@@ -10,8 +10,12 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.states import Cancelled, State
 
 from bitdistill_core.config import Params
+from bitdistill_core.tables.cell import run_cell
+from bitdistill_core.tables.plan import Cell, Plan
+from bitdistill_core.tables.run import OutOfTime
 from tasks.tracking import Conversion, run_tracked
 from tasks.tracking import run_stage as run_stage  # for the command line
 
@@ -106,3 +110,12 @@ def benchmark(node: str, params: Params, run_dir: Path, conversion: Conversion) 
 def report(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
     """The report."""
     return _run(node, params, run_dir, conversion)
+
+
+@task(task_run_name="{cell}", cache_policy=NO_CACHE)
+def cell(cell: Cell, plan: Plan, options: dict[str, Any]) -> dict[str, Any] | State[Any]:
+    """One cell of the tables: its result, or a cancelled state when the time for it is up."""
+    try:
+        return run_cell(plan, cell, **options)
+    except OutOfTime:
+        return Cancelled(message="the budget is spent; the cell goes on from its last checkpoint in the next run")

@@ -136,15 +136,15 @@ def test_dvc_knows_every_file_that_rendering_writes(
     assert sorted(path.name for path in results.iterdir() if path.is_file()) == make_dvc["outputs"](plan)
 
 
-def test_there_is_a_deployment_for_every_profile() -> None:
-    content = read_yaml("prefect.yaml")
-    names = [deployment["name"] for deployment in content["deployments"]]
-    assert sorted(names) == sorted(list_profiles(ROOT / "params.yaml"))
-    for deployment in content["deployments"]:
+def test_there_is_a_deployment_for_every_profile_and_for_the_tables() -> None:
+    names: dict[str, list[str]] = {"flows/convert.py:convert": [], "flows/tables.py:tables": []}
+    for deployment in read_yaml("prefect.yaml")["deployments"]:
+        names[deployment["entrypoint"]].append(deployment["name"])
         assert deployment["parameters"] == {"profile": deployment["name"]}
-        assert deployment["entrypoint"] == "flows/convert.py:convert"
         assert deployment["work_pool"]["name"] == "bitdistill-cpu"
         assert deployment["concurrency_limit"] == 1
+    assert sorted(names["flows/convert.py:convert"]) == sorted(list_profiles(ROOT / "params.yaml"))
+    assert names["flows/tables.py:tables"] == ["cpu"]
 
 
 @pytest.mark.parametrize("profile", list_profiles(ROOT / "params.yaml"))

@@ -76,7 +76,7 @@ class Project:
 def project(tmp_path: Path, finished_run: Path) -> Iterator[Project]:
     for name in ("prefect.yaml", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("profiles", "flows", "tasks"):
+    for name in ("profiles", "flows", "tasks", "tables"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copytree(finished_run, tmp_path / "runs/demo")
     with socket.socket() as free:
@@ -98,7 +98,9 @@ def test_every_profile_deploys_and_the_demo_runs_under_a_worker(project: Project
     code, output = project.prefect("--no-prompt", "deploy", "--all")
     assert code == 0, output
     code, output = project.prefect("deployment", "ls")
-    deployed = {f"convert/{path.stem}" for path in (ROOT / "profiles").glob("*.yaml")} | {"convert/demo"}
+    deployed = (
+        {"tables/cpu"} | {f"convert/{path.stem}" for path in (ROOT / "profiles").glob("*.yaml")} | {"convert/demo"}
+    )
     assert all(name in output for name in deployed), output
 
     project.start("worker", "start", "--pool", "bitdistill-cpu")

@@ -1,0 +1,81 @@
+"""The tables as a Prefect flow, on a real server, at a scale of seconds."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ParameterTypeError
+
+from flows.tables import tables
+from tests.conftest import ROOT
+from tests.flows.test_convert import artifact
+
+
+@pytest.fixture
+def options(tiny_scale: Path) -> dict[str, Any]:
+    return {"profile": "tiny", "plans": tiny_scale, "params_file": ROOT / "params.yaml", "track": False}
+
+
+def task_states(state: State[Any]) -> dict[str, str]:
+    """Name and final state of the task runs of a flow run."""
+    with get_client(sync_client=True) as client:
+        flow_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        return {item.name: item.state_name for item in client.read_task_runs(flow_run_filter=flow_run)}
+
+
+def test_every_cell_is_a_task_run_and_finished_ones_are_found(options: dict[str, Any], tmp_path: Path) -> None:
+    state = tables(**options, groups=["table1"], return_state=True)
+    assert state.result() == {"finished": 2, "left": 0, "directory": "results/tiny"}
+    assert task_states(state) == {
+        "small reviews fp16_sft seed=0": "Completed",
+        "small reviews bitnet_sft seed=0": "Completed",
+    }
+    assert float(artifact("cells")) == 100
+    readme = (tmp_path / "results/tiny/README.md").read_text()
+    assert artifact("tables") == readme
+    assert "2 of 3 cells are there" in readme
+
+    again = tables(**options, groups=["table1"], return_state=True)
+    assert again.result() == state.result()
+    assert task_states(again) == {}
+
+
+def test_a_failing_cell_fails_its_task_and_at_last_the_flow(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = tables(**options, return_state=True)
+    assert state.is_failed()
+    assert "1 cells failed, the others are in results/tiny/README.md: small reviews broken seed=0: " in state.message
+    assert sorted(task_states(state).values()) == ["Completed", "Completed", "Failed"]
+    assert "Traceback" not in caplog.text
+    assert "2 of 3 cells are there" in (tmp_path / "results/tiny/README.md").read_text()
+
+
+def test_a_spent_budget_leaves_cells_and_a_cancelled_task(
+    options: dict[str, Any], tiny_scale: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_scale, tmp_path / "scales"))
+    scale = (folder / "tiny.yaml").read_text()
+    scale = scale.replace("num_tokens: 5120", "num_tokens: 100000000").replace("documents: 200", "documents: 0")
+    (folder / "tiny.yaml").write_text(scale)
+    with caplog.at_level(logging.INFO):
+        state = tables(**{**options, "plans": folder}, budget_minutes=0.05, groups=["table1"], return_state=True)
+    assert state.is_completed()
+    assert state.result()["left"] == 2
+    assert list(task_states(state).values()) == ["Cancelled"]
+    assert "the budget of 0.05 minutes is spent; cells left: 2" in caplog.text
+
+
+def test_a_wrong_parameter_is_one_error_before_any_cell(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown scale=none; "):
+        tables(**{**options, "profile": "none"})
+    with pytest.raises(ValueError, match="unknown group=table9; the groups are table1, table6"):
+        tables(**options, groups=["table9"])
+    with pytest.raises(ParameterTypeError, match="greater than or equal to 0"):
+        tables(**options, budget_minutes=-1)
+    assert not list(tmp_path.iterdir())
