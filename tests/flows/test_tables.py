@@ -1,7 +1,6 @@
 """The tables as a Prefect flow, on a real server, at a scale of seconds."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,10 @@ def test_a_failing_cell_fails_its_task_and_at_last_the_flow(
 
 
 def test_a_spent_budget_leaves_cells_and_a_cancelled_task(
-    options: dict[str, Any], tiny_scale: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], endless_scale: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Path(shutil.copytree(tiny_scale, tmp_path / "scales"))
-    scale = (folder / "tiny.yaml").read_text()
-    scale = scale.replace("num_tokens: 5120", "num_tokens: 100000000").replace("documents: 200", "documents: 0")
-    (folder / "tiny.yaml").write_text(scale)
     with caplog.at_level(logging.INFO):
-        state = tables(**{**options, "plans": folder}, budget_minutes=0.05, groups=["table1"], return_state=True)
+        state = tables(**{**options, "plans": endless_scale}, budget_minutes=0.05, groups=["table1"], return_state=True)
     assert state.is_completed()
     assert state.result()["left"] == 2
     assert list(task_states(state).values()) == ["Cancelled"]
