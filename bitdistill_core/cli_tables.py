@@ -39,13 +39,14 @@ def tables(
     with one_line_errors():
         from bitdistill_core.tables.plan import read_plan
         from bitdistill_core.tables.render import render
+        from bitdistill_core.tables.speed import measure_speed
         from tasks.tables import run_tables
 
         plan = read_plan(plans, profile, params_file)
-        results = out or Path("results", profile)
+        results, checkpoints = out or Path("results", profile), store or Path("runs", "tables", profile)
         outcome = run_tables(
             plan,
-            store=store or Path("runs", "tables", profile),
+            store=checkpoints,
             results=results,
             data_root=data_root,
             groups=names_in(groups),
@@ -55,6 +56,8 @@ def tables(
             track=track,
             tell=tell,
         )
+        if not render_only and not outcome.left:
+            measure_speed(plan, store=checkpoints, results=results)
         render(plan, results, plans / "paper.csv")
         tell(f"tables: {results / 'README.md'}")
         finish(outcome, results)

@@ -1,4 +1,4 @@
-"""Writes tables/dvc.yaml: one stage a cell of scale cpu, and one that draws the tables. Run it after a change of plan.
+"""Writes tables/dvc.yaml: one stage a cell of scale cpu. Run it after a change of plan.
 
     python tables/make_dvc.py
 
@@ -15,12 +15,11 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ("figure1", "figure2", "figure3a")  # those that are no group of cells
 DRAWN_GROUPS = ("figure3b", "figure3c")
 HEADER = f"""\
-# Scale {SCALE} of the paper's tables as a DVC pipeline. Written by tables/make_dvc.py. From the project's root:
-#   dvc repro tables/dvc.yaml:tables               every cell that is missing, then all tables and figures
+# The cells of scale {SCALE} of the paper's tables, each a DVC stage. Written by tables/make_dvc.py. From the root:
+#   dvc repro tables                                                 all missing cells, then all tables and figures
 #   dvc repro tables/dvc.yaml:cell@MODEL-TASK-METHOD-SEED            one cell
-# or, in this folder, `dvc repro tables`. A plain `dvc repro` at the root makes the demo and none of this, which takes
-# hours. Results are in git, not in DVC's cache; a cell whose result is that of its parameters returns at once. Without
-# the hub, set data.data_root in params.yaml: it is no part of what makes a result stale.
+# Results are in git, not in DVC's cache; a cell whose result is that of its parameters returns at once. Without the
+# hub, set data.data_root in params.yaml: it is no part of what makes a result stale.
 stages:
   cell:
     foreach:
@@ -50,29 +49,17 @@ STAGES = f"""\
         - results/{SCALE}/cells/${{item.model}}/${{item.task}}/${{item.method}}/seed${{item.seed}}.json:
             cache: false
             persist: true
-
-  tables:
-    wdir: ..
-    cmd: bitdistill tables --profile {SCALE} --render-only
-    deps:
-      - bitdistill_core/tables
-      - results/{SCALE}/cells  # with every cell's output in it
-      - tables/{SCALE}.yaml
-      - tables/methods.yaml
-      - tables/paper.csv
-    outs:
 """
 
 
 def pipeline(plan: Plan) -> str:
     """The text of tables/dvc.yaml."""
     cells = "".join(f"      {_name(cell)}: {_values(cell)}\n" for cell in plan.cells())
-    outs = "".join(f"      - results/{plan.name}/{name}:\n          cache: false\n" for name in outputs(plan))
-    return HEADER + cells + STAGES + outs
+    return HEADER + cells + STAGES
 
 
 def outputs(plan: Plan) -> list[str]:
-    """The files that rendering the whole plan writes."""
+    """The files that rendering the whole plan writes: the outputs of stage `tables` in dvc.yaml."""
     groups = [f"{group}.{kind}" for group in plan.scale.groups for kind in ("csv", "md")]
     figures = [f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "png")]
     drawn = [f"{group}.png" for group in DRAWN_GROUPS if group in plan.scale.groups]

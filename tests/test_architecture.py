@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORCHESTRATION = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 HEAVY = {"lm_eval", "datasets"}  # inside the functions that need them
-MAY_IMPORT_STAGES = {"bitdistill_core/pipeline.py", "bitdistill_core/cli.py", "bitdistill_core/tables/cell.py"}
+MAY_IMPORT_STAGES = ("bitdistill_core/pipeline.py", "bitdistill_core/cli.py", "bitdistill_core/tables/")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def test_core_modules_do_not_import_stages() -> None:
         for i in all_imports("bitdistill_core")
         if i.module.startswith("bitdistill_core.stages")
         and not i.file.startswith("bitdistill_core/stages/")
-        and i.file not in MAY_IMPORT_STAGES
+        and not i.file.startswith(MAY_IMPORT_STAGES)
     ]
     assert not wrong
 

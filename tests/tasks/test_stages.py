@@ -26,5 +26,5 @@ def test_a_stage_has_a_task_that_neither_caches_nor_retries(section: str) -> Non
 def test_tasks_hold_no_logic_of_their_own() -> None:
     tree = ast.parse(Path(stages.__file__).read_text())
     tasks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
-    assert sorted(node.name for node in tasks) == SECTIONS
-    assert all(len(node.body) == 2 for node in tasks)  # docstring and return
+    assert sorted(node.name for node in tasks) == sorted([*SECTIONS, "cell"])  # a cell of the tables, not a stage
+    assert all(len(node.body) == 2 for node in tasks)  # docstring and one statement
