@@ -56,12 +56,13 @@ def _model_sizes(plan: Plan, tables: Tables, results: Results, directory: Path) 
             for index, method in enumerate(methods):
                 chosen = [row for row in rows if row.task == task and row.method == method]
                 places = [models.index(row.model) + (index - (len(methods) - 1) / 2) * width for row in chosen]
-                _bars(axes, places, chosen, width, METHOD_COLOURS.get(method, GREEN), plan.methods[method].label)
+                _points(axes, places, chosen, METHOD_COLOURS.get(method, GREEN), plan.methods[method].label)
             axes.set_xticks(range(len(models)), [plan.scale.models[model].label for model in models])
+            axes.set_xlim(-0.5, len(models) - 0.4)
             axes.set_ylim(*_limits([row for row in rows if row.task == task]))
             axes.set_title(plan.scale.tasks[task].label, fontsize=10)
             axes.set_ylabel("accuracy, %")
-        panels[0].legend(loc="lower right")
+        panels[0].get_figure().legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return True
 
 
@@ -74,7 +75,8 @@ def _methods(group: str, label: str) -> Callable[[Plan, Tables, Results, Path], 
         with _panels(directory / f"{group}.png", len(tasks)) as panels:
             for task, axes in zip(tasks, panels, strict=True):
                 chosen = headline(rows, task)
-                _bars(axes, list(range(len(chosen))), chosen, 0.6, BLUE, None)
+                _points(axes, list(range(len(chosen))), chosen, BLUE, None)
+                axes.set_xlim(-0.5, len(chosen) - 0.4)
                 names = [plan.methods[row.method].label for row in chosen]
                 axes.set_xticks(range(len(chosen)), names, rotation=30, ha="right", fontsize=8)
                 axes.set_ylim(*_limits(chosen))
@@ -142,21 +144,19 @@ def _pretrain_curve(result: Mapping[str, Any]) -> list[tuple[int, float]]:
     return [(int(step), float(value)) for step, value in result["curves"].get("pretrain/loss", [])]
 
 
-def _bars(
-    axes: Axes, places: Sequence[float], rows: Sequence[Row], width: float, colour: str, label: str | None
-) -> None:
-    heights = [row.mean or 0.0 for row in rows]
-    axes.bar(places, heights, width=width * 0.92, color=colour, label=label)
+def _points(axes: Axes, places: Sequence[float], rows: Sequence[Row], colour: str, label: str | None) -> None:
+    """Means as points with their 95% intervals: the axis need not begin at 0, as that of bars."""
     for place, row in zip(places, rows, strict=True):
-        if row.mean is not None and row.ci_low is not None and row.ci_high is not None:
-            axes.errorbar(
-                place, row.mean, [[row.mean - row.ci_low], [row.ci_high - row.mean]], color="#57606a", capsize=2, lw=1
-            )
-        if row.mean is not None:
-            axes.annotate(f"{row.mean:.1f}", (place, (row.ci_high or row.mean)), ha="center", va="bottom", fontsize=7)
+        if row.mean is None:
+            continue
+        if row.ci_low is not None and row.ci_high is not None:
+            axes.vlines(place, row.ci_low, row.ci_high, color=colour, linewidth=1.4)
+        axes.plot(place, row.mean, "o", color=colour, markersize=5, label=label)
+        axes.annotate(f"{row.mean:.1f}", (place, row.mean), (5, 0), textcoords="offset points", va="center", fontsize=7)
+        label = None
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     low = min(row.ci_low if row.ci_low is not None else row.mean or 0.0 for row in rows)
     high = max(row.ci_high if row.ci_high is not None else row.mean or 0.0 for row in rows)
-    return max(0.0, low - 6), high + 3
+    return max(0.0, low - 1), high + 1
