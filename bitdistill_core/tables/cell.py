@@ -134,6 +134,7 @@ def run_cell(
     device = prepare_runtime(params.runtime)
     seconds: dict[str, float] = {}
     examples = Step("data", data, params.data)  # what it is evaluated on
+    floors: dict[str, float] = {}  # what needs no language model, in a classification task
     for step in {step.recipe: step for step in [examples, *last.before()]}.values():
         directory = step.directory(store)
         finished = execute(
@@ -148,11 +149,14 @@ def run_cell(
             device=device,
         )
         seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
+        if step.recipe == examples.recipe:
+            floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,
         "seconds": seconds,
         "device": str(device),
+        "floors": floors,
         **_evaluate(last, store, params, device),
         "curves": _curves(last, store),
         "weights": _weights(last, store),

@@ -62,7 +62,9 @@ def _model_sizes(plan: Plan, tables: Tables, results: Results, directory: Path) 
             axes.set_ylim(*_limits([row for row in rows if row.task == task]))
             axes.set_title(plan.scale.tasks[task].label, fontsize=10)
             axes.set_ylabel("accuracy, %")
-        panels[0].get_figure().legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        plot = panels[0].figure
+        plot.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return True
 
 

@@ -43,6 +43,7 @@ def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
     missing = [str(cell) for cell in plan.cells() if cell not in found]
     rows = {group: table_rows(plan, group, found, paper) for group in plan.scale.groups}
     parts = [f"# {plan.scale.description}", _progress(plan, found, missing)]
+    parts += _floors(plan, found)
     for group, table in rows.items():
         write_rows(results / f"{group}.csv", COLUMNS, [row.values() for row in table])
         text = _markdown(plan, table)
@@ -58,6 +59,17 @@ def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
         parts += ["## Missing cells", "\n".join(f"- {cell}" for cell in missing)]
     (results / "README.md").write_text("\n\n".join(parts) + "\n")
     return missing
+
+
+def _floors(plan: Plan, found: Results) -> list[str]:
+    """What the commonest label and naive Bayes on words reach on each task."""
+    by_task = {cell.task: result["floors"] for cell, result in found.items() if result.get("floors")}
+    texts = [
+        f"{plan.scale.tasks[task].label} {100 * floors['data/majority_accuracy']:.1f} and "
+        f"{100 * floors['data/naive_bayes_accuracy']:.1f}"
+        for task, floors in by_task.items()
+    ]
+    return [f"Without a language model, commonest label and naive Bayes on words: {'; '.join(texts)}."] if texts else []
 
 
 def _speed(results: Path) -> list[str]:
