@@ -84,7 +84,7 @@ def chain(plan: Plan, cell: Cell, *, data_root: str | None = None) -> Step:
     dense = Step("base", base, params.base, {"data": general})
     large, large_params = dense, params
     if method.teacher_model is not None:
-        other = Cell(method.teacher_model, cell.task, "fp16_sft", cell.seed)
+        other = Cell(method.teacher_model, cell.task, cell.method, cell.seed)
         large_params = plan.params(other, data_root=data_root)
         large = Step("base", base, large_params.base, {"data": general})
     tuned = Step("teacher", teacher, large_params.teacher, {"model": large, "data": examples})

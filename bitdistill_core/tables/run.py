@@ -64,7 +64,8 @@ def run_plan(
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
 
     def keep_time(metrics: dict[str, float], step: int) -> None:
-        if deadline is not None and time.monotonic() > deadline:
+        # a stage without steps reports once, at its end: stopped there it would never get further
+        if deadline is not None and step > 0 and time.monotonic() > deadline:
             raise OutOfTime
 
     planned = plan.cells(groups)
@@ -77,7 +78,7 @@ def run_plan(
         tell(place)
         started = time.monotonic()
         try:
-            keep_time({}, 0)
+            keep_time({}, 1)
             result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
         except OutOfTime:
             outcome.left = pending[number:]

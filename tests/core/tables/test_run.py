@@ -18,10 +18,11 @@ from bitdistill_core.tables import run
 from bitdistill_core.tables.cell import chain, result_path
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import Outcome, run_plan
+from bitdistill_core.tables.speed import SPEED, measure_speed, speed_rows
 from tests.core.tables.conftest import SCALE, tiny_plan
 
 TEACHER, PTQ, STUDENT = (Cell("small", "reviews", method, 0) for method in ("fp16_sft", "ptq", "bitdistill"))
-KEYS = {"cell", "recipe", "seconds", "device", "split", "num_examples", "metrics", "curves", "weights"}
+KEYS = {"cell", "recipe", "seconds", "device", "floors", "split", "num_examples", "metrics", "curves", "weights"}
 
 
 @dataclass
@@ -200,3 +201,19 @@ def test_groups_are_run_alone(make_plan: Callable[..., Plan], tmp_path: Path) ->
     assert not result_path(tmp_path, TEACHER).exists()
     with pytest.raises(ValueError, match="unknown group=table5; the groups are table1, table6"):
         folder.run(plan, groups=["table5"])
+
+
+def test_speed_is_that_of_the_packed_base_beside_the_dense_one(
+    finished: tuple[Plan, Folder, Outcome], tmp_path: Path
+) -> None:
+    plan, folder, _ = finished
+    measure_speed(plan, store=folder.root / "store", results=tmp_path)
+    measured = json.loads((tmp_path / SPEED).read_text())
+    assert list(measured) == ["small"]
+    dense, packed = speed_rows(measured)
+    assert dense[:2] == ["small", "PyTorch float32"]
+    assert (dense[4], dense[5]) == ("1.0", "1.0")
+    assert packed[1].startswith("BitDistill ")
+    assert float(packed[6]) < float(dense[6])  # the file
+    assert measure_speed(plan, store=tmp_path / "empty", results=tmp_path) == measured  # not again
+    assert measure_speed(plan, store=tmp_path / "empty", results=tmp_path / "other") == {}  # no base yet
