@@ -44,7 +44,7 @@ class BitLinear(nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the weights multiply: x (..., K) normed and on the INT8 grid, in the dtype of x."""
         if self.input_norm is not None:
-            x = self.input_norm(x).to(x.dtype)
+            x = self.input_norm(x.float()).to(x.dtype)  # in float32, as its gain is
         return self._mixed(x, fake_quantize_activation(x))
 
     def quantized_weight(self) -> Tensor:
