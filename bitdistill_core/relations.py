@@ -72,11 +72,12 @@ def relation_logits(states: Tensor, num_relation_heads: int, *, cosine: bool) ->
             f"num_relation_heads={num_relation_heads}"
         )
     joined = states.transpose(1, 2).reshape(batch, length, num_relation_heads, width // num_relation_heads)
-    regrouped = joined.transpose(1, 2).float()  # (B, R, T, d_r)
-    if cosine:
-        regrouped = F.normalize(regrouped, dim=-1)
-        return regrouped @ regrouped.transpose(-1, -2)
-    return regrouped @ regrouped.transpose(-1, -2) / (width // num_relation_heads) ** 0.5
+    with torch.autocast(states.device.type, enabled=False):  # in float32, whatever the models compute in
+        regrouped = joined.transpose(1, 2).float()  # (B, R, T, d_r)
+        if cosine:
+            regrouped = F.normalize(regrouped, dim=-1)
+            return regrouped @ regrouped.transpose(-1, -2)
+        return regrouped @ regrouped.transpose(-1, -2) / (width // num_relation_heads) ** 0.5
 
 
 def relation_kl(student_logits: Tensor, teacher_logits: Tensor, is_token: Tensor) -> Tensor:

@@ -93,3 +93,16 @@ def test_a_layer_asked_for_twice_is_captured_once() -> None:
         model(IDS)
     assert sorted(states) == [1]
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_relations_are_computed_in_float32_under_autocast(cosine: bool) -> None:
+    states = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    is_token = torch.ones(2, 5, dtype=torch.bool)
+    expected = relation_logits(states, 2, cosine=cosine)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = relation_logits(states, 2, cosine=cosine)
+        divergence = relation_kl(logits, logits.roll(1, 0), is_token)
+    assert logits.dtype == divergence.dtype == torch.float32
+    assert torch.equal(logits, expected)
+    assert torch.isfinite(divergence).all()
