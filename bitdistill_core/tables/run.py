@@ -84,7 +84,7 @@ def run_plan(
             outcome.left = pending[number:]
             tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(outcome.left)}")
             break
-        except ValueError as error:  # a cell that diverges must not cost the others
+        except (ValueError, RuntimeError) as error:  # one that diverges, or is too large for the GPU, costs no other
             outcome.failed[cell] = " ".join(str(error).split())
             tell(f"failed: {cell}: {outcome.failed[cell]}")
             continue
