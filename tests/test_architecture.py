@@ -100,6 +100,19 @@ def test_the_engine_loads_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_tables_run_where_only_training_is_installed() -> None:
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("matplotlib", "prefect", "lm_eval") or name == "bitdistill_core.engine._native":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Missing())
+import bitdistill_core.tables.__main__
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_only_two_modules_import_mlflow() -> None:
     files = {i.file for i in all_imports("bitdistill_core", "tasks", "flows") if i.package == "mlflow"}
     assert files == {"tasks/tracking.py", "tasks/mlflow_runs.py"}

@@ -7,8 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitdistill_core.tables.plan import read_plan
-from bitdistill_core.tables.render import render
+from bitdistill_core.tables.plan import Plan, read_plan
 from bitdistill_core.tables.run import run_plan
 
 
@@ -38,11 +37,24 @@ def main() -> int:
             keep_checkpoints=options.keep_checkpoints,
             tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
-        render(plan, options.out, options.tables / "paper.csv")
+        _render(plan, options.out, options.tables / "paper.csv")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 1 if outcome.failed else 2 if outcome.left else 0
+
+
+def _render(plan: Plan, results: Path, paper: Path) -> None:
+    try:
+        from bitdistill_core.tables.render import render
+    except ModuleNotFoundError as error:  # matplotlib, which training does without
+        print(
+            f"tables are not drawn here: package {error.name} is missing; where it is installed, run "
+            f"bitdistill tables --profile {plan.name} --out {results} --render-only",
+            file=sys.stderr,
+        )
+        return
+    render(plan, results, paper)
 
 
 if __name__ == "__main__":

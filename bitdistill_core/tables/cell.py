@@ -23,8 +23,8 @@ from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.config import Params
 from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
 from bitdistill_core.manifest import METRICS_LOG, Report, discard, execute, read_manifest
-from bitdistill_core.pipeline import prepare_runtime
 from bitdistill_core.report.weights import summarize
+from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
 from bitdistill_core.stages.data import examples_path, read_task
 from bitdistill_core.tables.plan import Cell, Plan

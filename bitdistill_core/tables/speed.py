@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from bitdistill_core import checkpoint, latency
-from bitdistill_core.stages.pack import PACKED, pack_model
 from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
 from bitdistill_core.tables.cell import chain
@@ -70,7 +69,9 @@ def speed_rows(found: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _measure(plan: Plan, base: Path) -> dict[str, Any]:
+    # a machine that only trains has no native extension
     from bitdistill_core.engine.model import Engine
+    from bitdistill_core.stages.pack import PACKED, pack_model
 
     model, tokenizer = checkpoint.load_model(base)
     fp16_mib = sum(p.numel() for p in model.parameters()) * 2 / 2**20
