@@ -168,9 +168,14 @@ class PretrainConfig(BlocksSection, StudentTraining):
     logits_kd_weight: float = Field(ge=0)
     kd_temperature: float = Field(gt=0)
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher runs."""
+        return bool(self.logits_kd_weight or self.hidden_kd_weight)
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> "PretrainConfig":
-        if not self.task_loss_weight and not self.logits_kd_weight and not self.hidden_kd_weight:
+        if not self.task_loss_weight and not self.is_taught:
             raise ValueError(
                 "pretrain needs a loss: one of task_loss_weight, logits_kd_weight and hidden_kd_weight above 0; "
                 "got 0 for each"
@@ -201,6 +206,11 @@ class DistillConfig(TaskSection, StudentTraining):
     teacher_layers: list[int]  # the teacher's, one for one; empty: the same indices
     grad_norm_every: int = Field(ge=0)  # steps between gradient norms of each loss part; 0: never
     balance_grad_norms: float = Field(ge=0)  # hold each term's gradient norm at so many times the task loss's; 0: off
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher runs."""
+        return bool(self.logits_kd_weight or self.attention_kd_weight or self.hidden_kd_weight)
 
     @model_validator(mode="after")
     def _balance_measures(self) -> "DistillConfig":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitdistill_core.quantize.weight import SCALE_FLOOR, WeightQuantizer, spread, weight_scale
+from bitdistill_core.quantize.weight import SCALE_FLOOR, WeightQuantizer, over_groups, spread, weight_scale
 
 LAZY_BLOCK = 128  # columns between two updates of all later columns
 # of the absmean, itself first; the least-squares ternary scale of Gaussian weights is 1.53 of it
@@ -58,7 +58,7 @@ def searched_scale(
         scale = (absmean * multiplier).clamp_(min=SCALE_FLOOR)
         per_weight = spread(scale, weight.shape[1])
         error = (weight - per_weight * nearest_codes(weight, per_weight, quantizer)).square_().mul_(importance)
-        error = _group_sums(error, quantizer)
+        error = over_groups(error, quantizer, torch.sum)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -133,12 +133,3 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     lower: Tensor = torch.linalg.cholesky(damped.flip(0, 1))
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
-
-
-def _group_sums(values: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """Sums over the weights that share a scale, in the shape of the scale."""
-    if quantizer.granularity == "tensor":
-        return values.sum()
-    if quantizer.granularity == "row":
-        return values.sum(dim=1, keepdim=True)
-    return values.unflatten(1, (-1, quantizer.block_size)).sum(dim=2)

@@ -4,6 +4,7 @@ Ternary is absmean, BitDistill Eq. 1-2. Binary is BitNet's: the sign of the zero
 Eq. 1-3). Either has one scale a tensor, a row, or a block of consecutive weights of a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,7 @@ def weight_scale(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
     At least 1e-5: the paper adds epsilon to the divisor, we floor the scale, as the authors' code does.
     """
-    return _group_mean(weight.detach().float().abs(), quantizer).clamp_(min=SCALE_FLOOR)
+    return over_groups(weight.detach().float().abs(), quantizer, torch.mean).clamp_(min=SCALE_FLOOR)
 
 
 @torch.no_grad()
@@ -84,19 +85,20 @@ def _quantized(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tens
     """Codes in float, and their scale."""
     scale = weight_scale(weight, quantizer)
     if quantizer.grid == "binary":
-        centre = spread(_group_mean(weight, quantizer), weight.shape[1])
+        centre = spread(over_groups(weight, quantizer, torch.mean), weight.shape[1])
         return torch.where(weight > centre, 1.0, -1.0), scale
     if quantizer.scale_rule == "absmean":
         return (weight / spread(scale, weight.shape[1])).round_().clamp_(-1, 1), scale
     is_kept = weight.abs() > TWN_THRESHOLD * spread(scale, weight.shape[1])
-    kept = _group_mean(weight.abs() * is_kept, quantizer) / _group_mean(is_kept.float(), quantizer).clamp_(min=1e-9)
-    return weight.sign() * is_kept, kept.clamp_(min=SCALE_FLOOR)
+    total = over_groups(weight.abs() * is_kept, quantizer, torch.mean)
+    share = over_groups(is_kept.float(), quantizer, torch.mean)
+    return weight.sign() * is_kept, (total / share.clamp_(min=1e-9)).clamp_(min=SCALE_FLOOR)
 
 
-def _group_mean(values: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """Mean over the weights that share a scale: (), (N, 1) or (N, K / block_size)."""
+def over_groups(values: Tensor, quantizer: WeightQuantizer, reduce: Callable[..., Tensor]) -> Tensor:
+    """`reduce` (torch.mean, torch.sum) over the weights that share a scale: (), (N, 1) or (N, K / block_size)."""
     if quantizer.granularity == "tensor":
-        return values.mean()
+        return reduce(values)
     if quantizer.granularity == "row":
-        return values.mean(dim=1, keepdim=True)
-    return values.unflatten(1, (-1, quantizer.block_size)).mean(dim=2)
+        return reduce(values, dim=1, keepdim=True)
+    return reduce(values.unflatten(1, (-1, quantizer.block_size)), dim=2)

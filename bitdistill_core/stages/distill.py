@@ -5,22 +5,20 @@ the blocks' outputs. The teacher runs live, without gradient; where every weight
 of the result are rounded to the INT8 grid of the packed file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill_core import checkpoint, losses
-from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.config import DistillConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.relations import captured
 from bitdistill_core.stages import training
-from bitdistill_core.train import LossFn, LossParts
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,17 @@ def run(
     student, tokenizer = checkpoint.load_model(inputs.student)
     with ExitStack() as stack:
         loss_fn = None
-        if config.logits_kd_weight or config.attention_kd_weight or config.hidden_kd_weight:
-            teacher, teacher_tokenizer = checkpoint.load_model(inputs.teacher)
+        if config.is_taught:
+            teacher, teacher_tokenizer = training.load_teacher(inputs.teacher, config, device)
             if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
                 raise ValueError(
                     "teacher and student must share a vocabulary; got sizes "
                     f"{len(teacher_tokenizer)} and {len(tokenizer)}"
                 )
-            nn.Module.to(teacher.requires_grad_(False), device, training.dtype_of(config))
-            loss_fn = _distilling(config, student, teacher, stack)
+            attention_kd = _attention_kd(config, student, teacher, stack) if config.attention_kd_weight else None
+            loss_fn = training.taught_loss_fn(
+                student, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
+            )
         on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
         metrics = training.train_on_task(
             student,
@@ -73,48 +73,27 @@ def run(
     return metrics
 
 
-def _distilling(config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack) -> LossFn:
-    """The loss of Eq. 13; what it captures of both models is captured until `stack` closes."""
-    pairs: list[tuple[int, int]] = []
-    if config.attention_kd_weight:
-        pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
-        for model in (student, teacher):
-            _require_heads(model, config.num_relation_heads)
+def _attention_kd(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack
+) -> Callable[[losses.Batch], Tensor]:
+    """The weighted term of Eq. 10-12; states of both models are captured until `stack` closes."""
+    pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
+    for model in (student, teacher):
+        _require_heads(model, config.num_relation_heads)
     student_states = stack.enter_context(captured(student, [s for s, _ in pairs]))
     teacher_states = stack.enter_context(captured(teacher, [t for _, t in pairs]))
-    if config.hidden_kd_weight:
-        require_same_blocks(student, teacher)
-        ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
 
-    def loss_fn(batch: losses.Batch) -> LossParts:
-        with torch.no_grad():
-            teacher_hidden = losses.hidden_states(teacher, batch)
-        hidden = losses.hidden_states(student, batch)
-        parts = {"task_loss": losses.task_loss(student, hidden, batch)}
-        if config.logits_kd_weight:
-            parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
-                student,
-                hidden,
-                teacher,
-                teacher_hidden,
-                batch,
-                kd_temperature=config.kd_temperature,
-                variant=config.loss,
-            )
-        if config.attention_kd_weight:
-            parts["attention_kd"] = config.attention_kd_weight * losses.attention_kd_loss(
-                student_states,
-                teacher_states,
-                pairs,
-                batch,
-                num_relation_heads=config.num_relation_heads,
-                variant=config.loss,
-            )
-        if config.hidden_kd_weight:
-            parts["hidden_kd"] = config.hidden_kd_weight * hidden_kd_loss(ours, theirs, batch)
-        return parts
+    def attention_kd(batch: losses.Batch) -> Tensor:
+        return config.attention_kd_weight * losses.attention_kd_loss(
+            student_states,
+            teacher_states,
+            pairs,
+            batch,
+            num_relation_heads=config.num_relation_heads,
+            variant=config.loss,
+        )
 
-    return loss_fn
+    return attention_kd
 
 
 def layer_pairs(

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from bitdistill_core import checkpoint, losses
-from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
+from bitdistill_core import checkpoint
 from bitdistill_core.config import PretrainConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.stages import training
-from bitdistill_core.train import LossFn, LossParts
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,16 @@ def run(
     if config.num_tokens:
         with ExitStack() as stack:
             loss_fn = None
-            if config.logits_kd_weight or config.hidden_kd_weight:
-                teacher, _ = checkpoint.load_model(inputs.base)
-                nn.Module.to(teacher.requires_grad_(False), device, training.dtype_of(config))
-                loss_fn = _teaching(config, student, teacher, stack)
+            if config.is_taught:
+                teacher, _ = training.load_teacher(inputs.base, config, device)
+                loss_fn = training.taught_loss_fn(
+                    student,
+                    teacher,
+                    config,
+                    stack,
+                    task_loss_weight=config.task_loss_weight,
+                    variant="authors",  # every position; tau squared keeps the gradient's size
+                )
             elif config.task_loss_weight != 1.0:
                 raise ValueError(
                     "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
@@ -62,32 +64,3 @@ def run(
             )
     checkpoint.save_model(student, tokenizer, out_dir)
     return metrics
-
-
-def _teaching(config: PretrainConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack) -> LossFn:
-    if config.hidden_kd_weight:
-        require_same_blocks(student, teacher)
-        ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
-
-    def loss_fn(batch: losses.Batch) -> LossParts:
-        with torch.no_grad():
-            teacher_hidden = losses.hidden_states(teacher, batch)
-        hidden = losses.hidden_states(student, batch)
-        parts = {}
-        if config.task_loss_weight:
-            parts["task_loss"] = config.task_loss_weight * losses.task_loss(student, hidden, batch)
-        if config.logits_kd_weight:
-            parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
-                student,
-                hidden,
-                teacher,
-                teacher_hidden,
-                batch,
-                kd_temperature=config.kd_temperature,
-                variant="authors",  # every position; tau squared keeps the gradient's size
-            )
-        if config.hidden_kd_weight:
-            parts["hidden_kd"] = config.hidden_kd_weight * hidden_kd_loss(ours, theirs, batch)
-        return parts
-
-    return loss_fn

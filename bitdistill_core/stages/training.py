@@ -1,17 +1,18 @@
 """What the training stages share: a section of params.yaml turned into batches, a loss and a call of `train.fit`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitdistill_core import losses, train
+from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.config import BlocksSection, TaskSection, TrainSection
+from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
+from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
 from bitdistill_core.manifest import Metrics, Report
@@ -154,6 +155,53 @@ def quantization_warmup(model: PreTrainedModel, share: float) -> Iterator[Callab
     finally:
         for layer in layers:
             layer.hardness = 1.0
+
+
+def load_teacher(
+    directory: Path, config: TrainSection, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that teaches: on the device, in the stage's precision, without gradients."""
+    teacher, tokenizer = checkpoint.load_model(directory)
+    nn.Module.to(teacher.requires_grad_(False), device, dtype_of(config))
+    return teacher, tokenizer
+
+
+def taught_loss_fn(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    config: PretrainConfig | DistillConfig,
+    stack: ExitStack,
+    *,
+    task_loss_weight: float = 1.0,
+    variant: Literal["paper", "authors"],
+    attention_kd: Callable[[losses.Batch], Tensor] | None = None,
+) -> train.LossFn:
+    """Cross-entropy, logits and block outputs by the weights in `config`, and `attention_kd` as it comes.
+
+    What is captured of both models is captured until `stack` closes.
+    """
+    if config.hidden_kd_weight:
+        require_same_blocks(student, teacher)
+        ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
+
+    def loss_fn(batch: losses.Batch) -> train.LossParts:
+        with torch.no_grad():
+            teacher_hidden = losses.hidden_states(teacher, batch)
+        hidden = losses.hidden_states(student, batch)
+        parts = {}
+        if task_loss_weight:
+            parts["task_loss"] = task_loss_weight * losses.task_loss(student, hidden, batch)
+        if config.logits_kd_weight:
+            parts["logits_kd"] = config.logits_kd_weight * losses.logits_kd_loss(
+                student, hidden, teacher, teacher_hidden, batch, kd_temperature=config.kd_temperature, variant=variant
+            )
+        if attention_kd is not None:
+            parts["attention_kd"] = attention_kd(batch)
+        if config.hidden_kd_weight:
+            parts["hidden_kd"] = config.hidden_kd_weight * hidden_kd_loss(ours, theirs, batch)
+        return parts
+
+    return loss_fn
 
 
 def _task_loss_fn(model: PreTrainedModel) -> train.LossFn:

@@ -19,10 +19,9 @@ import torch
 from pydantic import BaseModel
 
 from bitdistill_core import __version__, checkpoint
-from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.config import Params
+from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
-from bitdistill_core.manifest import METRICS_LOG, Report, discard, execute, read_manifest
+from bitdistill_core.manifest import METRICS_LOG, Report, discard, execute
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
@@ -95,10 +94,9 @@ def chain(plan: Plan, cell: Cell, *, data_root: str | None = None) -> Step:
         return Step("surgery", surgery, params.surgery, {"model": tuned, "data": calibrated_on})
     operated = Step("surgery", surgery, params.surgery, {"model": dense, "data": calibrated_on})
     trained = Step("pretrain", pretrain, params.pretrain, {"student": operated, "base": dense, "data": general})
-    config = params.distill
     # fine-tuning without distillation needs no teacher: its recipe must not depend on one
-    guide = tuned if config.logits_kd_weight or config.attention_kd_weight or config.hidden_kd_weight else dense
-    return Step("distill", distill, config, {"student": trained, "teacher": guide, "data": examples})
+    guide = tuned if params.distill.is_taught else dense
+    return Step("distill", distill, params.distill, {"student": trained, "teacher": guide, "data": examples})
 
 
 def _on_first_task(plan: Plan, cell: Cell) -> Cell:
@@ -157,7 +155,7 @@ def run_cell(
         "seconds": seconds,
         "device": str(device),
         "floors": floors,
-        **_evaluate(last, store, params, device),
+        **_evaluate(last.directory(store), examples.directory(store), params.evaluate, device),
         "curves": _curves(last, store),
         "weights": _weights(last, store),
     }
@@ -178,17 +176,16 @@ def discard_checkpoints(plan: Plan, store: Path, finished: list[Cell], pending: 
                 shutil.rmtree(step.directory(store), ignore_errors=True)
 
 
-def _evaluate(last: Step, store: Path, params: Params, device: torch.device) -> dict[str, Any]:
-    directory = Step("data", data, params.data).directory(store)
-    task = read_task(directory)
+def _evaluate(model_dir: Path, data_dir: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    task = read_task(data_dir)
     split = task.eval_splits[0]
-    model, tokenizer = checkpoint.load_model(last.directory(store))
-    scorer = TorchScorer(model, tokenizer, batch_size=params.evaluate.batch_size, device=device)
+    model, tokenizer = checkpoint.load_model(model_dir)
+    scorer = TorchScorer(model, tokenizer, batch_size=config.batch_size, device=device)
     found = score_examples(
         scorer,
         is_generation=task.kind == "generation",
-        examples=examples_path(directory, split),
-        max_new_tokens=params.evaluate.max_new_tokens,
+        examples=examples_path(data_dir, split),
+        max_new_tokens=config.max_new_tokens,
         name=f"{task.name} {split}",
     )
     out: dict[str, Any] = {"split": split, "num_examples": found.num_examples, "metrics": found.metrics}
@@ -219,15 +216,15 @@ def _curves(last: Step, store: Path) -> dict[str, list[tuple[int, float]]]:
 def _weights(last: Step, store: Path) -> dict[str, Any]:
     """Where the latent weights lie after surgery, continued pre-training and distillation (BitDistill figure 2)."""
     out: dict[str, Any] = {}
-    for step in last.before():
-        directory = step.directory(store)
-        if step.name not in ("surgery", "pretrain", "distill"):
+    directories = {step.name: step.directory(store) for step in last.before()}
+    if "surgery" not in directories:
+        return out
+    modules = [change["module"] for change in json.loads((directories["surgery"] / "surgery.json").read_text())]
+    for name in ("surgery", "pretrain", "distill"):
+        if name not in directories:
             continue
-        read_manifest(directory)
-        model, _ = checkpoint.load_model(directory)
-        modules = [name for name, module in model.named_modules() if isinstance(module, BitLinear)]
-        summary = summarize(directory / checkpoint.WEIGHTS, modules)
-        out[step.name] = {
+        summary = summarize(directories[name] / checkpoint.WEIGHTS, modules)
+        out[name] = {
             "density": [round(value, 5) for value in summary.density],
             "code_shares": summary.code_shares,
             "near_share": summary.near_share,

@@ -66,9 +66,7 @@ def _cost(plan: Plan, cell: Cell, step: Step) -> Cost | None:
         tokens = float(config.num_tokens)
     else:
         tokens = config.num_epochs * _examples(plan, cell) * _tokens_per_example(plan, cell)
-    is_taught = isinstance(config, PretrainConfig | DistillConfig) and bool(
-        config.logits_kd_weight or config.hidden_kd_weight or getattr(config, "attention_kd_weight", 0)
-    )
+    is_taught = isinstance(config, PretrainConfig | DistillConfig) and config.is_taught
     guide = plan.scale.models[owner if step.name == "distill" else cell.model].num_parameters or weights
     flops = tokens * (TRAINING * weights + (FORWARD * guide if is_taught else 0))
     return Cost(step.recipe, step.name, tokens, flops) if tokens else None

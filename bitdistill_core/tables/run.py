@@ -72,7 +72,7 @@ def run_plan(
     cells = planned if cells is None else cells
     found = survey(plan, cells, results)
     pending, outcome = found.left, Outcome(found.finished)
-    needing = survey(plan, planned, results).left
+    needing = found.left if cells is planned else survey(plan, planned, results).left
     for number, cell in enumerate(pending):
         place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
         tell(place)

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -20,20 +19,6 @@ from tasks import tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DEAD_SERVER = "http://127.0.0.1:9"  # nothing listens there
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One SQLite store for the session: making one takes seconds. Tests differ by experiment."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
-@pytest.fixture
-def client(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
-    yield MlflowClient(store)
-    mlflow.set_tracking_uri(store)
 
 
 @pytest.fixture
