@@ -31,13 +31,13 @@ def captured_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def require_same_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def require_same_blocks(student: PreTrainedModel, teacher: PreTrainedModel, key: str) -> None:
     """Raises ValueError unless both have as many blocks and the same width."""
     shapes = [(int(m.config.num_hidden_layers), int(m.config.hidden_size)) for m in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            "hidden_kd_weight compares block with block: teacher and student need the same depth and width; got "
-            f"student={shapes[0]}, teacher={shapes[1]}; set hidden_kd_weight to 0"
+            f"{key} compares block with block: teacher and student need the same depth and width; got "
+            f"student={shapes[0]}, teacher={shapes[1]}; turn it off"
         )
 
 

@@ -7,7 +7,7 @@ up, down. It starts a student, or ends one as post-training quantisation.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.progress import progress_bar
+from bitdistill_core.passage import Passage
 from bitdistill_core.quantize.awq import channel_scale, clipped_codes, fold
 from bitdistill_core.quantize.gptq import gptq
 from bitdistill_core.quantize.latent import latent_weight
@@ -122,6 +122,11 @@ class _Group:
         return {name: linear for name, linear in self.linears.items() if isinstance(linear, BitLinear)}
 
 
+def _norm_offset(student: PreTrainedModel) -> float:
+    """What the family's own norms add to their weight."""
+    return 1.0 if student.config.model_type == "gemma3_text" else 0.0
+
+
 def _groups(block: nn.Module, norm_offset: float) -> Iterator[_Group]:
     """Linears behind one norm of the block; each alone where it has a norm of its own."""
     before_mlp = (
@@ -181,9 +186,9 @@ def _set_gains(student: PreTrainedModel, batches: Sequence[Tensor]) -> None:
     for layer in layers:
         layer.hardness = 0.0
     try:
-        passage = _Passage.begin(student, batches)
+        passage = Passage.begin(student, batches)
         for _ in passage.blocks("SubLN gains"):
-            for group in passage.groups():
+            for group in _groups(passage.block, _norm_offset(student)):
                 for layer in group.bit_linears.values():
                     if layer.input_norm is not None:
                         eps = layer.input_norm.eps
@@ -198,16 +203,16 @@ def _initialize(
     student: PreTrainedModel, batches: Sequence[Tensor], initializer: Literal["gptq", "awq"]
 ) -> list[LayerError]:
     """Every group's latent weights in the order of the computation."""
-    passage = _Passage.begin(student, batches)
+    passage = Passage.begin(student, batches)
     errors = []
     for index in passage.blocks(initializer):
-        for group in passage.groups():
+        for group in _groups(passage.block, _norm_offset(student)):
             for error in _initialize_group(passage, group, initializer):
                 errors.append(replace(error, module=f"model.layers.{index}.{error.module}"))
     return errors
 
 
-def _initialize_group(passage: "_Passage", group: _Group, initializer: Literal["gptq", "awq"]) -> list[LayerError]:
+def _initialize_group(passage: Passage, group: _Group, initializer: Literal["gptq", "awq"]) -> list[LayerError]:
     """Moves the latent weights of a group; the errors name its layers as the block does."""
     layers = group.bit_linears
     first = next(iter(layers.values()))
@@ -235,85 +240,3 @@ def _initialize_group(passage: "_Passage", group: _Group, initializer: Literal["
 
 def _error(statistics: _Statistics, dense: Tensor, latent: Tensor, layer: BitLinear) -> float:
     return statistics.relative_error(dense, fake_quantize_weight(latent, layer.quantizer))
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the module whose input is wanted."""
-
-
-@dataclass
-class _Passage:
-    """The calibration sequences on their way through the decoder: the hidden states before block `index`."""
-
-    decoder_blocks: Sequence[nn.Module]
-    norm_offset: float
-    hidden: list[Tensor]  # batches (B, T, D)
-    keywords: dict[int, list[dict[str, Any]]]  # by B, then block: masks and rotary embeddings, which differ by block
-    index: int = 0
-
-    @classmethod
-    def begin(cls, student: PreTrainedModel, batches: Iterable[Tensor]) -> "_Passage":
-        """Runs each batch (B, T) to the first block, and the first batch of each size B through all of them."""
-        decoder = student.get_decoder()
-        norm_offset = 1.0 if student.config.model_type == "gemma3_text" else 0.0
-        passage = cls(list(decoder.layers), norm_offset, [], {})
-        for batch in batches:
-            passage._enter(decoder, batch)
-        return passage
-
-    def blocks(self, name: str) -> Iterator[int]:
-        """The index of each block in turn, behind a progress bar; the sequences pass it when the next is asked for."""
-        with progress_bar(name, total=len(self.decoder_blocks), unit="block") as bar:
-            while self.index < len(self.decoder_blocks):
-                yield self.index
-                for batch, states in enumerate(self.hidden):
-                    self.hidden[batch] = self._run(states)
-                self.index += 1
-                bar.update()
-
-    def groups(self) -> Iterator[_Group]:
-        """The linears of the present block that are treated together, in the order of the computation."""
-        return _groups(self.decoder_blocks[self.index], self.norm_offset)
-
-    def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
-        """What reaches `module` of the present block, a batch at a time: (B * T, K)."""
-        reached: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Tensor]) -> None:
-            reached.append(args[0])
-            raise _Reached
-
-        handle = module.register_forward_pre_hook(stop)
-        try:
-            for states in self.hidden:
-                try:
-                    self._run(states)
-                except _Reached:
-                    yield reached.pop().flatten(0, 1)
-        finally:
-            handle.remove()
-
-    def _enter(self, decoder: nn.Module, batch: Tensor) -> None:
-        is_known = len(batch) in self.keywords
-        seen: list[dict[str, Any]] = []
-
-        def record(block: nn.Module, args: tuple[Tensor], keywords: dict[str, Any]) -> None:
-            if block is self.decoder_blocks[0]:
-                self.hidden.append(args[0])
-            seen.append(keywords)
-            if is_known:
-                raise _Reached
-
-        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.decoder_blocks]
-        try:
-            decoder(input_ids=batch, use_cache=False)
-            self.keywords[len(batch)] = seen
-        except _Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _run(self, states: Tensor) -> Tensor:
-        output: Tensor = self.decoder_blocks[self.index](states, **self.keywords[len(states)][self.index])
-        return output

@@ -151,9 +151,18 @@ class SurgeryConfig(Section):
         return self
 
 
+class BlockwiseConfig(Section):
+    """Section `blockwise` of a stage that trains a student: first each decoder block alone, on its teacher's output."""
+
+    num_epochs: float = Field(ge=0)  # 0: skip
+    learning_rate: float = Field(gt=0)
+    num_tokens: int = Field(gt=0)  # at most; the hidden states of so many tokens are held in memory
+
+
 class StudentTraining(Section):
     """What the stages that train a student share."""
 
+    blockwise: BlockwiseConfig
     quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
     hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
 
@@ -171,11 +180,16 @@ class PretrainConfig(BlocksSection, StudentTraining):
     @property
     def is_taught(self) -> bool:
         """Whether a teacher runs."""
+        return bool(self.blockwise.num_epochs or self.has_taught_loss)
+
+    @property
+    def has_taught_loss(self) -> bool:
+        """Whether the loss over the whole student has a teacher."""
         return bool(self.logits_kd_weight or self.hidden_kd_weight)
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "PretrainConfig":
-        if not self.task_loss_weight and not self.is_taught:
+        if not self.task_loss_weight and not self.has_taught_loss:
             raise ValueError(
                 "pretrain needs a loss: one of task_loss_weight, logits_kd_weight and hidden_kd_weight above 0; "
                 "got 0 for each"
@@ -210,6 +224,11 @@ class DistillConfig(TaskSection, StudentTraining):
     @property
     def is_taught(self) -> bool:
         """Whether a teacher runs."""
+        return bool(self.blockwise.num_epochs or self.has_taught_loss)
+
+    @property
+    def has_taught_loss(self) -> bool:
+        """Whether the loss over the whole student has a teacher."""
         return bool(self.logits_kd_weight or self.attention_kd_weight or self.hidden_kd_weight)
 
     @model_validator(mode="after")

@@ -11,20 +11,32 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bitdistill_core.losses import Batch
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.schedules import Schedule, learning_rate_factor
 
 Report = Callable[[dict[str, float], int], None]
 LossParts = dict[str, Tensor]  # weighted parts that add up to the loss
-LossFn = Callable[[Batch], LossParts]
-Batches = Callable[[int], list[Batch]]  # step -> the micro-batches of that step
+LossFn = Callable[[Any], LossParts]  # of a micro-batch
+
+
+class MicroBatch(Protocol):
+    """What training asks of a micro-batch; the rest is its loss function's."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch on a device."""
+
+
+Batches = Callable[[int], Sequence[MicroBatch]]  # step -> the micro-batches of that step
 
 
 def fit(
@@ -33,6 +45,7 @@ def fit(
     loss_fn: LossFn,
     *,
     name: str,
+    title: str | None = None,
     num_steps: int,
     seed: int,
     learning_rate: float,
@@ -60,6 +73,7 @@ def fit(
     Args:
         balance_grad_norms: every part but `task_loss` is scaled so that its gradient norm, a moving average of those
             measured, stays at so many times that of `task_loss`; 0: the parts as they come.
+        title: of the progress bar; None: the name.
         on_step: called with (step, num_steps) before each step.
     Raises:
         ValueError: a loss or gradient that is not finite; names the step. The last good checkpoint stays.
@@ -71,7 +85,7 @@ def fit(
     start = _resume(work_dir, model, optimizer, balance)
     window: dict[str, float] = {}
     num_tokens, window_steps, last_report, metrics = 0, 0, time.perf_counter(), {}
-    with progress_bar(name, total=num_steps, initial=start, unit="step") as bar:
+    with progress_bar(title or name, total=num_steps, initial=start, unit="step") as bar:
         for step in range(start, num_steps):
             torch.manual_seed(seed * 1_000_003 + step)
             factor = learning_rate_factor(step, num_steps, schedule=schedule, warmup_ratio=warmup_ratio)
@@ -164,8 +178,13 @@ def _require_finite(name: str, step: int, window: dict[str, float], grad_norm: f
         kept = _latest(work_dir)
         raise ValueError(
             f"{name} diverged at step={step + 1}: {', '.join(bad)} is not finite; the last good checkpoint is "
-            f"{kept.name if kept else 'none'}; lower {name}.learning_rate or {name}.max_grad_norm and run again"
+            f"{kept.name if kept else 'none'}; lower {name}.learning_rate and run again"
         )
+
+
+def has_checkpoint(work_dir: Path) -> bool:
+    """Whether a training that was interrupted in `work_dir` will go on from a checkpoint."""
+    return _latest(work_dir) is not None
 
 
 def _latest(work_dir: Path) -> Path | None:

@@ -49,10 +49,24 @@ def run(
                     "teacher and student must share a vocabulary; got sizes "
                     f"{len(teacher_tokenizer)} and {len(tokenizer)}"
                 )
-            attention_kd = _attention_kd(config, student, teacher, stack) if config.attention_kd_weight else None
-            loss_fn = training.taught_loss_fn(
-                student, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
-            )
+            if config.blockwise.num_epochs:
+                batches = training.task_batches(student, tokenizer, config, inputs.data)
+                training.train_blockwise(
+                    student,
+                    teacher,
+                    config,
+                    batches,
+                    num_steps=batches.steps_per_epoch,
+                    name="distill",
+                    work_dir=work_dir,
+                    report=report,
+                    device=device,
+                )
+            if config.has_taught_loss:
+                attention_kd = _attention_kd(config, student, teacher, stack) if config.attention_kd_weight else None
+                loss_fn = training.taught_loss_fn(
+                    student, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
+                )
         on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
         metrics = training.train_on_task(
             student,

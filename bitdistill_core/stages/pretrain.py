@@ -28,14 +28,40 @@ class Inputs:
 def run(
     config: PretrainConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
 ) -> Metrics:
-    """Writes the student after `num_tokens` of the corpus; with num_tokens 0 the student as it came."""
+    """Writes the student after block-wise training and `num_tokens` of the corpus; without either as it came."""
     student, tokenizer = checkpoint.load_model(inputs.student)
     metrics: Metrics = {}
-    if config.num_tokens:
+    blockwise_steps = training.corpus_steps(config, config.blockwise.num_tokens) if config.blockwise.num_epochs else 0
+    if config.num_tokens or blockwise_steps:
         with ExitStack() as stack:
             loss_fn = None
             if config.is_taught:
                 teacher, _ = training.load_teacher(inputs.base, config, device)
+            elif config.task_loss_weight != 1.0:
+                raise ValueError(
+                    "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
+                    f"task_loss_weight={config.task_loss_weight} without any; set it to 1.0"
+                )
+            if blockwise_steps:
+                training.require_window(student, config.block_size, "pretrain.block_size")
+                metrics = training.train_blockwise(
+                    student,
+                    teacher,
+                    config,
+                    training.corpus_batches(
+                        tokenizer,
+                        config,
+                        inputs.data,
+                        num_tokens=config.blockwise.num_tokens,
+                        out=work_dir / "blockwise-tokens.bin",
+                    ),
+                    num_steps=blockwise_steps,
+                    name="pretrain",
+                    work_dir=work_dir,
+                    report=report,
+                    device=device,
+                )
+            if config.has_taught_loss:
                 loss_fn = training.taught_loss_fn(
                     student,
                     teacher,
@@ -44,23 +70,20 @@ def run(
                     task_loss_weight=config.task_loss_weight,
                     variant="authors",  # every position; tau squared keeps the gradient's size
                 )
-            elif config.task_loss_weight != 1.0:
-                raise ValueError(
-                    "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
-                    f"task_loss_weight={config.task_loss_weight} without any; set it to 1.0"
-                )
             on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
-            metrics = training.train_on_corpus(
-                student,
-                tokenizer,
-                config,
-                inputs.data,
-                name="pretrain",
-                work_dir=work_dir,
-                report=report,
-                device=device,
-                loss_fn=loss_fn,
-                on_step=on_step,
+            metrics.update(
+                training.train_on_corpus(
+                    student,
+                    tokenizer,
+                    config,
+                    inputs.data,
+                    name="pretrain",
+                    work_dir=work_dir,
+                    report=report,
+                    device=device,
+                    loss_fn=loss_fn,
+                    on_step=on_step,
+                )
             )
     checkpoint.save_model(student, tokenizer, out_dir)
     return metrics

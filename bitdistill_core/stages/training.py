@@ -1,6 +1,6 @@
 """What the training stages share: a section of params.yaml turned into batches, a loss and a call of `train.fit`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
+from bitdistill_core.blockwise import train_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
@@ -35,18 +36,11 @@ def train_on_corpus(
 ) -> Metrics:
     """Trains `model` in place on packed blocks of the corpus; `loss_fn` None is cross-entropy (BitDistill Eq. 7)."""
     require_window(model, config.block_size, f"{name}.block_size")
-    num_steps = config.num_tokens // (config.block_size * config.batch_size)
+    num_steps = corpus_steps(config, config.num_tokens)
     if num_steps == 0:
         return {}
     add_dropout(model, config.dropout)
-    tokens = tokenize_corpus(data / "corpus", tokenizer, max_tokens=config.num_tokens, out=work_dir / "tokens.bin")
-    batches = BlockBatches(
-        tokens,
-        block_size=config.block_size,
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
-        seed=config.seed,
-    )
+    batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     return train.fit(
         model,
         batches,
@@ -74,20 +68,7 @@ def train_on_task(
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
-    task = read_task(data)
-    examples = load_examples(
-        examples_path(data, "train"),
-        tokenizer,
-        max_length=config.max_length,
-        window=int(model.config.max_position_embeddings),
-        is_generation=task.kind == "generation",
-    )
-    batches = ExampleBatches(
-        examples,
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
-        seed=config.seed,
-    )
+    batches = task_batches(model, tokenizer, config, data)
     return train.fit(
         model,
         batches,
@@ -98,6 +79,75 @@ def train_on_task(
         on_step=on_step,
         **_options(config, name=name, work_dir=work_dir, report=report, device=device),
     )
+
+
+def corpus_steps(config: BlocksSection, num_tokens: int) -> int:
+    """Optimiser steps that so many tokens of packed blocks make."""
+    return num_tokens // (config.block_size * config.batch_size)
+
+
+def corpus_batches(
+    tokenizer: PreTrainedTokenizerBase, config: BlocksSection, data: Path, *, num_tokens: int, out: Path
+) -> BlockBatches:
+    """step -> micro-batches of packed blocks of the corpus, from its first `num_tokens` tokens, kept in `out`."""
+    return BlockBatches(
+        tokenize_corpus(data / "corpus", tokenizer, max_tokens=num_tokens, out=out),
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+
+
+def task_batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TaskSection, data: Path
+) -> ExampleBatches:
+    """step -> micro-batches of the task's training examples."""
+    examples = load_examples(
+        examples_path(data, "train"),
+        tokenizer,
+        max_length=config.max_length,
+        window=int(model.config.max_position_embeddings),
+        is_generation=read_task(data).kind == "generation",
+    )
+    return ExampleBatches(
+        examples,
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+
+
+def train_blockwise(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    config: PretrainConfig | DistillConfig,
+    batches: Callable[[int], Sequence[losses.Batch]],
+    *,
+    num_steps: int,
+    name: str,
+    work_dir: Path,
+    report: Report,
+    device: torch.device,
+) -> Metrics:
+    """Every block of the student on its teacher's output, in place, before the student is trained as a whole.
+
+    Takes the first steps of `batches`, at most `num_steps` and `blockwise.num_tokens`; at least one.
+    """
+    if train.has_checkpoint(work_dir):  # the training that follows has begun
+        return {}
+    require_same_blocks(student, teacher, f"{name}.blockwise")
+    steps: list[Sequence[losses.Batch]] = []
+    num_tokens = 0
+    for step in range(num_steps):
+        micro_batches = batches(step)
+        num_tokens += micro_batches[0].totals.num_tokens
+        if steps and num_tokens > config.blockwise.num_tokens:
+            break
+        steps.append(micro_batches)
+    options = _options(config, name=f"{name}.blockwise", work_dir=work_dir / "blockwise", report=report, device=device)
+    options.update(config.blockwise.model_dump(include={"num_epochs", "learning_rate"}))
+    return train_blocks(student, teacher, steps, dtype=dtype_of(config), **options)
 
 
 def dtype_of(config: TrainSection) -> torch.dtype:
@@ -181,7 +231,7 @@ def taught_loss_fn(
     What is captured of both models is captured until `stack` closes.
     """
     if config.hidden_kd_weight:
-        require_same_blocks(student, teacher)
+        require_same_blocks(student, teacher, "hidden_kd_weight")
         ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
 
     def loss_fn(batch: losses.Batch) -> train.LossParts:

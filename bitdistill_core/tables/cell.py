@@ -65,11 +65,14 @@ class Step:
 
 
 def _switched_on(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters without those that are off, so that a new option, off, does not make old results stale."""
+    """Parameters without those that are off, so that a new option, off, does not make old results stale.
+
+    A section whose num_epochs is 0 is off.
+    """
     return {
         key: _switched_on(value) if isinstance(value, dict) else value
         for key, value in values.items()
-        if value not in OFF
+        if value not in OFF and not (isinstance(value, dict) and value.get("num_epochs") == 0)
     }
 
 

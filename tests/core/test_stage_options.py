@@ -173,7 +173,7 @@ def test_two_student_layers_may_learn_from_one_of_the_teacher(workshop: Workshop
 def test_block_outputs_of_a_deeper_teacher_are_refused(workshop: Workshop, student: Path) -> None:
     teacher = workshop.model("teacher", num_hidden_layers=3, layer_types=None)
     inputs = {"student": student, "teacher": teacher, "data": workshop.data}
-    with pytest.raises(ValueError, match=r"got student=\(2, 32\), teacher=\(3, 32\); set hidden_kd_weight to 0"):
+    with pytest.raises(ValueError, match=r"got student=\(2, 32\), teacher=\(3, 32\); turn it off"):
         workshop.run(distill, section("distill", hidden_kd_weight=1.0), inputs, "distill")
 
 

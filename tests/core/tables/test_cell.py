@@ -39,6 +39,8 @@ def variants(config: BaseModel) -> Iterator[tuple[str, BaseModel]]:
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
+            if getattr(value, "num_epochs", 1) == 0:  # off: nothing in it counts before it is on
+                value = value.model_copy(update={"num_epochs": 1})
             yield from ((f"{name}.{k}", config.model_copy(update={name: other})) for k, other in variants(value))
         elif isinstance(value, list):
             yield name, config.model_copy(update={name: [*value, 3]})
@@ -53,6 +55,13 @@ def test_every_field_but_the_machines_changes_the_recipe(make_plan: Callable[...
     for step in chain(make_plan(), BITDISTILL).before():
         same = {name for name, config in variants(step.config) if replace(step, config=config).recipe == step.recipe}
         assert same == IGNORED & set(type(step.config).model_fields), step.name  # those of base.scratch do count
+
+
+def test_what_a_section_that_is_off_says_is_no_part_of_a_recipe(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    off = changed(plan, distill={"blockwise": {"num_epochs": 0, "learning_rate": 0.5}})
+    on = changed(plan, distill={"blockwise": {"num_epochs": 1, "learning_rate": 0.5}})
+    assert recipes(plan, BITDISTILL) == recipes(off, BITDISTILL) != recipes(on, BITDISTILL)
 
 
 def test_what_comes_before_is_part_of_a_recipe(make_plan: Callable[..., Plan]) -> None:

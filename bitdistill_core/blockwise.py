@@ -1,0 +1,140 @@
+"""Block-wise distillation: every decoder block of a student alone learns its teacher's output, first block first.
+
+A block's input is what the student's finished blocks before it put out, its target the hidden state that the teacher
+has after the same block on the same tokens; so a block also makes good what the blocks before it lost. The method is
+block reconstruction (BRECQ, arXiv 2102.05426; trained on all parameters of a block: EfficientQAT, arXiv 2407.11062).
+An optimiser step quantises and updates one block only, and no gradient passes through another.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitdistill_core import train
+from bitdistill_core.block_outputs import hidden_kd_loss
+from bitdistill_core.losses import Batch
+from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.passage import Passage
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """A micro-batch before one block, and what should stand behind it."""
+
+    batch: Batch
+    states: Tensor  # (B, T, D), the student's
+    target: Tensor  # (B, T, D), the teacher's
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence."""
+        return self.batch.lengths
+
+    def to(self, device: torch.device) -> "BlockBatch":
+        """The same batch on a device."""
+        return BlockBatch(self.batch.to(device), self.states.to(device), self.target.to(device))
+
+
+def train_blocks(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    steps: Sequence[Sequence[Batch]],
+    *,
+    name: str,
+    num_epochs: float,
+    seed: int,
+    work_dir: Path,
+    report: Report,
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Metrics:
+    """Trains the student's blocks in place and returns the relative error of the last.
+
+    Reports `NAME/loss`, the relative squared distance of `hidden_kd_loss`, at steps that count on from block to block,
+    and `NAME/block_error` behind each block, over all sequences. Finished blocks are kept in `work_dir`.
+
+    Args:
+        student, teacher: of as many blocks and the same width; the teacher on `device`.
+        steps: the micro-batches of each optimiser step of an epoch; their hidden states stay in memory.
+        dtype: of the hidden states held.
+        options: what else `train.fit` takes.
+    Raises:
+        ValueError: a block diverged.
+    """
+    nn.Module.to(student, device).eval()
+    flat = [batch.to(device) for step in steps for batch in step]
+    ends = list(accumulate((len(step) for step in steps), initial=0))
+    num_steps = max(1, round(num_epochs * len(steps)))
+    metrics: Metrics = {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        theirs, ours = (Passage.begin(model, [batch.input_ids for batch in flat]) for model in (teacher, student))
+        for passage in (theirs, ours):
+            passage.hidden = [states.to(dtype) for states in passage.hidden]
+        num_blocks = len(ours.decoder_blocks)
+        for index, block in enumerate(ours.decoder_blocks):
+            theirs.advance()
+            finished = work_dir / f"block-{index}.safetensors"
+            if finished.is_file():
+                block.load_state_dict(load_file(finished))
+            else:
+                train.fit(
+                    block,
+                    partial(_step_batches, flat, ends, ours.hidden, theirs.hidden, [seed, index]),
+                    lambda micro: {"hidden_kd": hidden_kd_loss([ours.run(micro.states)], [micro.target], micro.batch)},
+                    name=name,
+                    title=f"{name} {index + 1}/{num_blocks}",
+                    num_steps=num_steps,
+                    seed=seed,
+                    work_dir=work_dir / f"block-{index}",
+                    report=partial(_report_from, index * num_steps, report),
+                    device=device,
+                    **options,
+                )
+                _save(block, finished)
+            ours.advance()
+            errors = [
+                float(hidden_kd_loss([student_states], [teacher_states], batch))
+                for student_states, teacher_states, batch in zip(ours.hidden, theirs.hidden, flat, strict=True)
+            ]
+            metrics = {f"{name}/block_error": sum(errors) / len(steps)}
+            report(metrics, (index + 1) * num_steps)
+    return metrics
+
+
+def _step_batches(
+    flat: Sequence[Batch],
+    ends: Sequence[int],
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    seed: Sequence[int],
+    step: int,
+) -> list[BlockBatch]:
+    """The micro-batches of an optimiser step; their order is shuffled anew each epoch."""
+    epoch, place = divmod(step, len(ends) - 1)
+    chosen = int(np.random.default_rng([*seed, epoch]).permutation(len(ends) - 1)[place])
+    return [BlockBatch(flat[i], states[i], targets[i]) for i in range(ends[chosen], ends[chosen + 1])]
+
+
+def _report_from(first_step: int, report: Report, metrics: Metrics, step: int) -> None:
+    report(metrics, first_step + step)
+
+
+def _save(block: nn.Module, path: Path) -> None:
+    """Writes a finished block atomically; its training checkpoints go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({key: value.detach().cpu().contiguous() for key, value in block.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)

@@ -1,0 +1,199 @@
+"""Block-wise distillation: its inputs, targets and errors against plain forward passes, and what it leaves alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitdistill_core.blockwise import train_blocks
+from bitdistill_core.losses import Batch
+from bitdistill_core.passage import Passage
+from bitdistill_core.stages import distill, pretrain, surgery
+from bitdistill_core.surgery import operate
+from tests.core.conftest import Workshop, build, section
+from tests.core.test_block_outputs import block_outputs, num_hooks
+from tests.core.test_losses import make_batch, split
+from tests.core.test_stage_options import load
+
+BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "num_tokens": 10**6}
+OPTIONS: dict[str, Any] = {
+    "name": "distill.blockwise",
+    "num_epochs": 20,
+    "seed": 0,
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "learning_rate": 3e-3,
+    "schedule": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "precision": "float32",
+    "report_every": 1,
+    "checkpoint_every": 3,
+}
+# longer than Gemma's sliding window of 16
+STEPS = [[make_batch([18, 20, 12], [1, 1, 1], seed=1)], [make_batch([7, 9], [1, 1], seed=2)]]
+
+
+def student_of(model: PreTrainedModel) -> PreTrainedModel:
+    student = copy.deepcopy(model)
+    operate(student, subln="output", sub_norm_eps=1e-6)
+    return student
+
+
+def last_error(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> float:
+    """|h_s - h_t|^2 / |h_t|^2 behind the last block of whole models, mean over tokens."""
+    with torch.no_grad():
+        ours, theirs = (block_outputs(model, batch.input_ids)[-1] for model in (student, teacher))
+    error = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
+    return float(error[batch.is_token].mean())
+
+
+def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def test_sequences_pass_the_blocks_as_in_a_whole_forward_pass(any_model: PreTrainedModel) -> None:
+    batches = [batch for step in STEPS for batch in step]
+    passage = Passage.begin(any_model, [batch.input_ids for batch in batches])
+    with torch.no_grad():
+        whole = [block_outputs(any_model, batch.input_ids) for batch in batches]
+    for index in passage.blocks("test"):
+        assert passage.block is any_model.get_decoder().layers[index]
+        if index:
+            for states, outputs in zip(passage.hidden, whole, strict=True):
+                torch.testing.assert_close(states, outputs[index - 1])
+    for states, outputs in zip(passage.hidden, whole, strict=True):
+        torch.testing.assert_close(states, outputs[-1])
+    assert num_hooks(any_model) == 0
+
+
+def test_every_block_comes_nearer_to_its_teacher_and_nothing_else_changes(
+    any_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    teacher, student = any_model, student_of(any_model)
+    before, taught, log = parameters(student), parameters(teacher), []
+    first = [last_error(student, teacher, batch) for step in STEPS for batch in step]
+    metrics = train_blocks(
+        student, teacher, STEPS, work_dir=tmp_path, report=lambda metrics, step: log.append((step, metrics)), **OPTIONS
+    )
+    errors = [last_error(student, teacher, batch) for step in STEPS for batch in step]
+    assert sum(errors) < 0.7 * sum(first)
+    assert metrics["distill.blockwise/block_error"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    steps = [step for step, reported in log if "distill.blockwise/loss" in reported]
+    assert steps == list(range(1, 2 * 40 + 1))  # two blocks, 20 epochs of two steps each
+    ends = [step for step, reported in log if "distill.blockwise/block_error" in reported]
+    assert ends == [40, 80]
+    changed = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".layers." in name}
+    assert all(torch.equal(value, taught[name]) for name, value in teacher.named_parameters())
+
+
+def test_a_block_is_trained_on_what_the_finished_student_blocks_put_out(tmp_path: Path) -> None:
+    teacher = build("qwen3")
+    student = student_of(teacher)
+    log: list[dict[str, float]] = []
+    options = {**OPTIONS, "num_epochs": 1, "learning_rate": 1e-30}
+    train_blocks(student, teacher, STEPS[:1], work_dir=tmp_path, report=lambda m, _: log.append(m), **options)
+    expected = last_error(student, teacher, STEPS[0][0])  # the rate moves nothing
+    assert log[2]["distill.blockwise/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_micro_batches_make_the_same_step(tmp_path: Path) -> None:
+    teacher, ends = build("llama"), []
+    whole = STEPS[0][0]
+    for number, steps in enumerate(([[whole]], [split(whole)])):
+        student = student_of(teacher)
+        options = {**OPTIONS, "num_epochs": 3}
+        train_blocks(student, teacher, steps, work_dir=tmp_path / str(number), report=lambda *_: None, **options)
+        ends.append(last_error(student, teacher, whole))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stop_at", [5, 40, 47])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, stop_at: int) -> None:
+    teacher = build("qwen3")
+    whole, resumed = student_of(teacher), student_of(teacher)
+    train_blocks(whole, teacher, STEPS, work_dir=tmp_path / "whole", report=lambda *_: None, **OPTIONS)
+
+    def stop(metrics: dict[str, float], step: int) -> None:
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_blocks(resumed, teacher, STEPS, work_dir=tmp_path / "cut", report=stop, **OPTIONS)
+    resumed, seen = student_of(teacher), []
+    train_blocks(resumed, teacher, STEPS, work_dir=tmp_path / "cut", report=lambda _, s: seen.append(s), **OPTIONS)
+    assert min(seen) == (40 if stop_at >= 40 else stop_at // 3 * 3 + 1)
+    for name, value in parameters(whole).items():
+        assert torch.equal(value, parameters(resumed)[name]), name
+
+
+def test_distillation_trains_blocks_first_and_keeps_to_the_tokens(workshop: Workshop) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    student = workshop.run(surgery, section("surgery"), inputs, "student").path
+    inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
+    kd = {"logits_kd_weight": 0.0, "attention_kd_weight": 0.0, "grad_norm_every": 0}
+    finished = workshop.run(distill, section("distill", blockwise={**BLOCKWISE, "num_tokens": 1}, **kd), inputs, "one")
+    blockwise = [step for step, m in finished.log if "distill.blockwise/loss" in m]
+    assert blockwise == list(range(1, 9))  # one batch, 4 epochs, 2 blocks
+    after = [m for _, m in finished.log if "distill/loss" in m]
+    assert len(after) == 2
+    assert not any("kd" in name for name in after[0])  # cross-entropy alone follows
+    finished = workshop.run(distill, section("distill", blockwise=BLOCKWISE, **kd), inputs, "all")
+    assert max(step for step, m in finished.log if "distill.blockwise/loss" in m) == 4 * 4 * 2  # 32 examples in eights
+
+
+def test_blocks_are_not_trained_again_when_distillation_goes_on(workshop: Workshop) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    student = workshop.run(surgery, section("surgery"), inputs, "student").path
+    config = section("distill", blockwise=BLOCKWISE, num_epochs=1, checkpoint_every=1)
+    stages = distill.Inputs(student=student, teacher=workshop.model("teacher", seed=4), data=workshop.data)
+    log: list[str] = []
+
+    def stop(metrics: dict[str, float], step: int) -> None:
+        log.extend(metrics)
+        if "distill/loss" in metrics and step == 3:
+            raise KeyboardInterrupt
+
+    def go(name: str, report: Any = lambda *_: None) -> PreTrainedModel:
+        out, work = workshop.root / f"out-{name}", workshop.root / f"work-{name}"
+        out.mkdir(exist_ok=True)
+        distill.run(config, stages, out_dir=out, work_dir=work, report=report, device=torch.device("cpu"))
+        return load(out)
+
+    with pytest.raises(KeyboardInterrupt):
+        go("cut", stop)
+    log.clear()
+    resumed = go("cut", lambda metrics, step: log.extend(metrics))
+    assert "distill/loss" in log
+    assert not any("blockwise" in name for name in log)
+    for name, value in parameters(go("whole")).items():
+        assert torch.equal(value, resumed.get_parameter(name)), name
+
+
+def test_pretraining_trains_blocks_on_the_corpus_and_nothing_else_with_no_tokens(workshop: Workshop) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    student = workshop.run(surgery, section("surgery"), inputs, "student").path
+    inputs = {"student": student, "base": workshop.root / "base", "data": workshop.data}
+    config = section("pretrain", num_tokens=0, blockwise={**BLOCKWISE, "num_tokens": 256})
+    finished = workshop.run(pretrain, config, inputs, "pretrained")
+    errors = [m["pretrain.blockwise/block_error"] for _, m in finished.log if "pretrain.blockwise/block_error" in m]
+    assert len(errors) == 2
+    assert not any("pretrain/loss" in m for _, m in finished.log)
+    before, after = parameters(load(student)), parameters(finished.model())
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ".layers." in n}
+
+
+def test_a_teacher_of_other_depth_is_refused(workshop: Workshop) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    student = workshop.run(surgery, section("surgery"), inputs, "student").path
+    teacher = workshop.model("teacher", num_hidden_layers=3, layer_types=None)
+    inputs = {"student": student, "teacher": teacher, "data": workshop.data}
+    with pytest.raises(ValueError, match=r"distill\.blockwise compares block with block.*got student=\(2, 32\), tea"):
+        workshop.run(distill, section("distill", blockwise=BLOCKWISE), inputs, "distilled")
