@@ -1,5 +1,6 @@
 """What a scale costs before it is run: tokens, arithmetic and hours, each shared stage counted once."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -63,12 +64,18 @@ def _cost(plan: Plan, cell: Cell, step: Step) -> Cost | None:
     if weights is None:
         raise ValueError(f"an estimate needs num_parameters of model={cell.model}; add it to tables/{plan.name}.yaml")
     if isinstance(config, BlocksSection):
-        tokens = float(config.num_tokens)
+        tokens, available = float(config.num_tokens), math.inf
     else:
-        tokens = config.num_epochs * _examples(plan, cell) * _tokens_per_example(plan, cell)
-    is_taught = isinstance(config, PretrainConfig | DistillConfig) and config.is_taught
+        available = float(_examples(plan, cell) * _tokens_per_example(plan, cell))
+        tokens = config.num_epochs * available
     guide = plan.scale.models[owner if step.name == "distill" else cell.model].num_parameters or weights
-    flops = tokens * (TRAINING * weights + (FORWARD * guide if is_taught else 0))
+    flops = tokens * TRAINING * weights
+    if isinstance(config, PretrainConfig | DistillConfig):
+        flops += tokens * FORWARD * guide * config.has_taught_loss
+        if config.blockwise.num_epochs:
+            held = min(available, config.blockwise.num_tokens)  # each passes teacher and finished student once
+            flops += held * (config.blockwise.num_epochs * TRAINING * weights + FORWARD * (weights + guide))
+            tokens += config.blockwise.num_epochs * held
     return Cost(step.recipe, step.name, tokens, flops) if tokens else None
 
 

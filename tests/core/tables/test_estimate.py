@@ -56,6 +56,19 @@ def test_a_larger_teacher_costs_its_own_size(make_plan: Callable[..., Plan]) -> 
     assert found["pretrain"][2] == pytest.approx(6 * SMALL * 1024 / 1e18, rel=0.01)
 
 
+@pytest.mark.parametrize(("limit", "held"), [(1_000_000, 64 * 50), (1000, 1000)])
+def test_blocks_cost_their_epochs_and_one_pass_of_both_models(
+    make_plan: Callable[..., Plan], limit: int, held: int
+) -> None:
+    kd = {"logits_kd_weight": 0.0, "attention_kd_weight": 0.0}
+    blockwise = {"num_epochs": 2, "learning_rate": 1e-3, "num_tokens": limit}
+    methods = {"blocks": {"label": "Blocks", "params": {"distill": {**kd, "blockwise": blockwise}}}}
+    found = table(estimate(make_plan(models=MODELS, tasks=TASKS, methods=methods, groups=group("blocks"))))
+    assert found["distill"][1] == pytest.approx(0.5 * 64 * 50 + 2 * held, rel=0.01)
+    operations = 6 * SMALL * (0.5 * 64 * 50 + 2 * held) + (2 + 2) * SMALL * held
+    assert found["distill"][2] == pytest.approx(operations / 1e18, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("missing", "changes"),
     [
