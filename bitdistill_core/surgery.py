@@ -5,7 +5,7 @@ decoder blocks change. Embeddings, lm_head and the model's own norms stay dense.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import nn
@@ -55,7 +55,7 @@ def operate(
     skip_modules: Sequence[str] = (),
     quantizer: WeightQuantizer = WeightQuantizer(),  # noqa: B008  (frozen)
 ) -> list[Change]:
-    """Turns `model` into a student in place and reports every module changed.
+    """Turns `model` into a student in place and reports every module changed; the model's config records how.
 
     SubLN is an RMSNorm on the input of a projection, gain 1. The paper (Eq. 4-5) norms the input of `o_proj` and
     `down_proj` (`output`); the authors' released configurations norm the input of all seven projections (`all`).
@@ -92,4 +92,10 @@ def operate(
             f"surgery changed no module of this {model.config.model_type} model: no linear layer is left in its "
             "decoder; it may be a student already, or surgery.skip_modules names everything"
         )
+    model.config.bitdistill = {
+        "subln": subln,
+        "sub_norm_eps": sub_norm_eps,
+        "skip_modules": list(skip_modules),
+        "quantizer": asdict(quantizer),
+    }
     return changes

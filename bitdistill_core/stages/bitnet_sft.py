@@ -28,9 +28,7 @@ def run(
 ) -> Metrics:
     """Writes the baseline student."""
     student, tokenizer = checkpoint.load_model(inputs.model)
-    record = {"subln": "none", "sub_norm_eps": 1e-6, "skip_modules": []}
     operate(student, subln="none", sub_norm_eps=1e-6)
-    student.config.bitdistill = record
     metrics = training.train_on_task(
         student, tokenizer, config, inputs.data, name="bitnet_sft", work_dir=work_dir, report=report, device=device
     )

@@ -37,9 +37,7 @@ def run(
     """Writes a student checkpoint and surgery.json, the list of every module changed."""
     model, tokenizer = checkpoint.load_model(inputs.model)
     record = config.model_dump(include={"subln", "sub_norm_eps", "skip_modules"})
-    quantizer = weight_quantizer(config)
-    changes = operate(model, **record, quantizer=quantizer)
-    model.config.bitdistill = {**record, "quantizer": asdict(quantizer)}
+    changes = operate(model, **record, quantizer=weight_quantizer(config))
     metrics = {
         "surgery/num_bit_linears": float(len(changes)),
         "surgery/num_sub_norms": float(sum(c.has_sub_norm for c in changes)),

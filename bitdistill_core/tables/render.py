@@ -31,6 +31,7 @@ TITLES = {
     "table6": "Table 6: the distillation terms",
     "figure3b": "Figure 3b: the distilled layer",
     "figure3c": "Figure 3c: the size of the teacher",
+    "data": "More training sentences",
     "options": "Options beyond the paper's tables",
 }
 REFERENCES = ("fp16_sft", "bitnet_sft", "bitdistill")  # what every method is compared with

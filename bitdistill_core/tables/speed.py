@@ -77,7 +77,6 @@ def _measure(plan: Plan, base: Path) -> dict[str, Any]:
     fp16_mib = sum(p.numel() for p in model.parameters()) * 2 / 2**20
     window = int(model.config.max_position_embeddings)
     operate(model, subln="output", sub_norm_eps=1e-6)
-    model.config.bitdistill = {"subln": "output", "sub_norm_eps": 1e-6, "skip_modules": []}
     round_embeddings(model)
     settings = plan.defaults["benchmark"]
     prompt_tokens = min(settings["prompt_tokens"], window - settings["new_tokens"])

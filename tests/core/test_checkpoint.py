@@ -28,9 +28,7 @@ def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:  # noqa: F811
 
 def make_student(model: PreTrainedModel, subln: str = "all") -> PreTrainedModel:
     """A student whose SubLN gains have been learned."""
-    record = {"subln": subln, "sub_norm_eps": 1e-6, "skip_modules": []}
-    operate(model, **record)
-    model.config.bitdistill = record
+    operate(model, subln=subln, sub_norm_eps=1e-6)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -32,7 +32,6 @@ def student_of(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
     """A student with random weights, its embeddings on the INT8 grid as distill leaves them."""
     student = build(model_type)
     operate(student, subln="output", sub_norm_eps=1e-6, quantizer=quantizer)
-    student.config.bitdistill = {"subln": "output", "sub_norm_eps": 1e-6, "skip_modules": []}
     for embedding in {student.get_input_embeddings(), student.get_output_embeddings()}:
         weight = embedding.weight.data
         codes, scale = quantize_rows(weight)
