@@ -42,6 +42,7 @@ class Run:
     benchmark: dict[str, Any]
     metrics: dict[str, dict[str, float]]  # final numbers by stage
     losses: dict[str, dict[str, Curve]]  # by training stage and part
+    block_errors: dict[str, Curve]  # by stage with block-wise distillation: behind each block, counted from 1
     grad_norms: dict[str, Curve]  # of the distillation loss, by part
     manifests: dict[str, dict[str, Any]]  # by stage, in the order of the inputs
     surgery: list[dict[str, Any]]
@@ -60,6 +61,11 @@ class Run:
     def headline(self) -> str:
         """The split that the headline numbers come from."""
         return self.evaluations["fp16_sft"].split_order[0]
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether continued pre-training did anything."""
+        return bool(self.losses["pretrain"].get("loss")) or "pretrain" in self.block_errors
 
     @property
     def is_generation(self) -> bool:
@@ -99,6 +105,11 @@ def read_run(directories: Mapping[str, Path]) -> Run:
         benchmark=_read_json(directories["benchmark"] / "benchmark.json"),
         metrics={names[name]: _read_json(path / "metrics.json") for name, path in directories.items()},
         losses={stage: {part: curve[part] for part in LOSS_PARTS if part in curve} for stage, curve in curves.items()},
+        block_errors={
+            stage: [(index + 1, error) for index, (_, error) in enumerate(sorted(dict(errors).items()))]
+            for stage in ("pretrain", "distill")
+            if (errors := _read_curves(directories[stage], f"{stage}.blockwise").get("block_error"))
+        },
         grad_norms={
             part: curves["distill"][f"grad_norm_{part}"]
             for part in LOSS_PARTS
@@ -138,7 +149,7 @@ def _require_same_splits(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def _read_curves(directory: Path, stage: str) -> dict[str, Curve]:
-    """Every metric of STAGE/metrics.jsonl without its prefix. A stage that reported nothing has none."""
+    """Every metric STAGE/... of metrics.jsonl without its prefix. A stage that reported nothing has none."""
     path = directory / "metrics.jsonl"
     curves: dict[str, Curve] = {}
     for line in _json_lines(path) if path.is_file() else []:

@@ -124,6 +124,21 @@ def loss_figure(canvas: Canvas, stage: str, parts: Mapping[str, Curve], factor: 
     return Figure(name, out["svg"], text, f"{stage}: loss{by_part}. Bold: moving average, factor {factor:g}.")
 
 
+def block_error_figure(canvas: Canvas, stage: str, errors: Curve) -> Figure:
+    """The error that block-wise distillation left behind each block."""
+    name = f"block-errors-{stage}"
+    with canvas.panel(name) as (axes, out):
+        blocks, values = zip(*errors, strict=True)
+        axes.bar(blocks, values, color=BLUE, width=0.7)
+        axes.set_xlabel("decoder block")
+        axes.set_ylabel("relative error")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _grid(axes, "y")
+    text = f"Relative error behind each decoder block after block-wise distillation in {stage}."
+    caption = f"{stage}, block-wise: squared distance to the teacher's hidden state, relative to its square."
+    return Figure(name, out["svg"], text, caption)
+
+
 def grad_norm_figure(canvas: Canvas, norms: Mapping[str, Curve]) -> Figure:
     """Gradient norm of each weighted part of the distillation loss."""
     with canvas.panel("gradient-norms") as (axes, out):

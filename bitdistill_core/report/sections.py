@@ -83,9 +83,11 @@ def _splits(run: Run, results: Mapping[str, Any]) -> Section:
 def _losses(canvas: plots.Canvas, run: Run, factor: float) -> Section:
     paragraphs, figures = [], []
     for stage, parts in run.losses.items():
+        if stage in run.block_errors:
+            figures.append(plots.block_error_figure(canvas, stage, run.block_errors[stage]))
         if parts.get("loss"):
             figures.append(plots.loss_figure(canvas, stage, parts, factor))
-        else:
+        elif stage not in run.block_errors:
             paragraphs.append(WHY_NO_LOSSES.get(stage, f"{stage} reported no losses."))
     return Section("Losses", paragraphs=paragraphs, figures=figures)
 
@@ -105,7 +107,7 @@ def _balance(canvas: plots.Canvas, run: Run) -> Section:
 
 
 def _weights(canvas: plots.Canvas, run: Run, weights: Mapping[str, WeightSummary]) -> Section:
-    paragraphs = [] if run.losses["pretrain"].get("loss") else [WHY_NO_LOSSES["pretrain"]]
+    paragraphs = [] if run.is_pretrained else [WHY_NO_LOSSES["pretrain"]]
     figures = [plots.weights_figure(canvas, weights)] if weights else []
     return Section("Weights and thresholds", paragraphs, [tables.weights_table(weights)] if weights else [], figures)
 

@@ -44,7 +44,7 @@ def write_report(
 def _summaries(run: Run, directories: Mapping[str, Path]) -> dict[str, WeightSummary]:
     """By label. Without continued pre-training its checkpoint equals the one before, and is left out."""
     labels = {"surgery": "before pre-training", "pretrain": "after pre-training", "distill": "after distillation"}
-    if not run.losses["pretrain"].get("loss"):
+    if not run.is_pretrained:
         labels = {"surgery": "before distillation", "distill": "after distillation"}
     modules = [change["module"] for change in run.surgery]
     return {label: summarize(directories[stage] / "model.safetensors", modules) for stage, label in labels.items()}

@@ -367,6 +367,20 @@ def test_skipped_pretraining_is_said(gaps: Path) -> None:
     assert "pretrain" not in {line.partition(",")[0] for line in (gaps / "plots/losses.csv").read_text().splitlines()}
 
 
+def test_the_error_behind_each_block_is_drawn_and_counts_as_pretraining(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo", has_pretrain=False)
+    for stage in ("pretrain", "distill"):
+        with (tmp_path / "demo" / stage / "metrics.jsonl").open("a") as log:
+            for step, error in ((40, 0.05), (80, 0.08), (40, 0.05)):  # a resumed stage reports a block twice
+                log.write(json.dumps({"step": step, "time": 1.7e9, f"{stage}.blockwise/block_error": error}) + "\n")
+    page = (make_report(inputs, tmp_path / "demo" / "report") / "index.html").read_text()
+    for stage in ("pretrain", "distill"):
+        assert (tmp_path / "demo" / "report" / "images" / f"block-errors-{stage}.png").is_file()
+        assert f"Relative error behind each decoder block after block-wise distillation in {stage}." in page
+    assert "Continued pre-training was skipped" not in page
+    assert "after pre-training" in page
+
+
 def test_what_was_not_measured_is_said_and_null(gaps: Path) -> None:
     assert results_of(gaps)["rows"][0]["file_mib"] is None
     page = (gaps / "index.html").read_text()
