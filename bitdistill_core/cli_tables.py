@@ -43,7 +43,7 @@ def tables(
         from tasks.tables import run_tables
 
         plan = read_plan(plans, profile, params_file)
-        results, checkpoints = out or Path("results", profile), store or Path("runs", "tables", profile)
+        results, checkpoints = out or plan.default_results, store or plan.default_store
         outcome = run_tables(
             plan,
             store=checkpoints,
@@ -85,10 +85,10 @@ def cell(
         from tasks.tables import run_tables
 
         plan = read_plan(plans, profile, params_file)
-        results = out or Path("results", profile)
+        results = out or plan.default_results
         outcome = run_tables(
             plan,
-            store=store or Path("runs", "tables", profile),
+            store=store or plan.default_store,
             results=results,
             data_root=data_root,
             cells=[plan.find(model, task, method, seed)],

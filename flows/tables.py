@@ -52,10 +52,10 @@ def tables(
         ValueError: a wrong parameter, before any cell starts, or cells that failed, when all others are done.
     """
     plan = read_plan(plans, profile, params_file)
-    results = out or Path("results", profile)
+    results = out or plan.default_results
     outcome = run_tables(
         plan,
-        store=store or Path("runs", "tables", profile),
+        store=store or plan.default_store,
         results=results,
         data_root=data_root,
         groups=groups,

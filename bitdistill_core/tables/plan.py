@@ -99,6 +99,16 @@ class Plan:
     methods: Mapping[str, Method]
     defaults: Mapping[str, Any]  # params.yaml
 
+    @property
+    def default_results(self) -> Path:
+        """Where results are written unless another folder is given."""
+        return Path("results", self.name)
+
+    @property
+    def default_store(self) -> Path:
+        """Where checkpoints are kept unless another folder is given."""
+        return Path("runs", "tables", self.name)
+
     def cells(self, groups: Sequence[str] | None = None) -> list[Cell]:
         """The cells of the groups (None: all), each once. Every seed but the first comes after all first seeds.
 
