@@ -3,7 +3,8 @@
 A block's input is what the student's finished blocks before it put out, its target the hidden state that the teacher
 has after the same block on the same tokens; so a block also makes good what the blocks before it lost. The method is
 block reconstruction (BRECQ, arXiv 2102.05426; trained on all parameters of a block: EfficientQAT, arXiv 2407.11062).
-An optimiser step quantises and updates one block only, and no gradient passes through another.
+An optimiser step quantises and updates one block only, and no gradient passes through another. Embeddings, final norm
+and head are the teacher's from the start: its hidden states mean nothing to another head.
 """
 
 import os
@@ -60,7 +61,8 @@ def train_blocks(
     dtype: torch.dtype,
     **options: Any,
 ) -> Metrics:
-    """Trains the student's blocks in place and returns the relative error of the last.
+    """Trains the student's blocks in place, gives it the teacher's embeddings, final norm and head, and returns the
+    relative error of the last block.
 
     Reports `NAME/loss`, the relative squared distance of `hidden_kd_loss`, at steps that count on from block to block,
     and `NAME/block_error` behind each block, over all sequences. Finished blocks are kept in `work_dir`.
@@ -74,6 +76,7 @@ def train_blocks(
         ValueError: a block diverged.
     """
     nn.Module.to(student, device).eval()
+    _take_over_frame(student, teacher)
     flat = [batch.to(device) for step in steps for batch in step]
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
@@ -111,6 +114,15 @@ def train_blocks(
             metrics = {f"{name}/block_error": sum(errors) / len(steps)}
             report(metrics, (index + 1) * num_steps)
     return metrics
+
+
+@torch.no_grad()
+def _take_over_frame(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Everything outside the decoder blocks, from the teacher."""
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        if ".layers." not in name:
+            parameter.copy_(theirs[name])
 
 
 def _step_batches(

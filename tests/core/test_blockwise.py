@@ -94,6 +94,16 @@ def test_every_block_comes_nearer_to_its_teacher_and_nothing_else_changes(
     assert all(torch.equal(value, taught[name]) for name, value in teacher.named_parameters())
 
 
+def test_what_lies_outside_the_blocks_is_the_teachers(any_model: PreTrainedModel, tmp_path: Path) -> None:
+    student, teacher = student_of(any_model), build(any_model.config.model_type, seed=5)
+    options = {**OPTIONS, "num_epochs": 1, "learning_rate": 1e-30}
+    train_blocks(student, teacher, STEPS, work_dir=tmp_path, report=lambda *_: None, **options)
+    outside = [name for name in parameters(student) if ".layers." not in name]
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(outside)
+    for name in outside:
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name)), name
+
+
 def test_a_block_is_trained_on_what_the_finished_student_blocks_put_out(tmp_path: Path) -> None:
     teacher = build("qwen3")
     student = student_of(teacher)
