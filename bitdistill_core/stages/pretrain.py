@@ -37,7 +37,7 @@ def run(
             loss_fn = None
             if config.is_taught:
                 teacher, _ = training.load_teacher(inputs.base, config, device)
-            elif config.task_loss_weight != 1.0:
+            if config.task_loss_weight != 1.0 and not config.has_taught_loss:
                 raise ValueError(
                     "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
                     f"task_loss_weight={config.task_loss_weight} without any; set it to 1.0"
