@@ -42,6 +42,7 @@ class DataConfig(Section):
     eval_splits: list[str] = Field(min_length=1)  # the first one is the headline
     max_train_examples: int = Field(ge=0)  # 0: all
     max_eval_examples: int = Field(ge=0)  # 0: all
+    drop_contained: bool  # leave out training examples whose text lies within a longer one's
     corpus: str  # parquet file, directory of *.parquet, or data set id on the hub
     corpus_column: str
     corpus_documents: int = Field(ge=0)  # 0: all
@@ -163,6 +164,7 @@ class StudentTraining(Section):
     """What the stages that train a student share."""
 
     blockwise: BlockwiseConfig
+    threshold_margin: float = Field(ge=0, lt=0.5)  # scales by which weights begin away from a threshold; 0: as they are
     quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
     hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
 

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from bitdistill_core.quantize.weight import SCALE_FLOOR, WeightQuantizer
 
-# How far a weight that changes its bin goes beyond the edge, in units of the scale. fp32 sums are off by far less.
+# How far a weight stays from the edge of its bin, in units of the scale. fp32 sums are off by far less.
 MARGIN = 0.01
 
 
 @torch.no_grad()
-def latent_weight(weight: Tensor, codes: Tensor, scale: Tensor, quantizer: WeightQuantizer) -> Tensor:
+def latent_weight(
+    weight: Tensor, codes: Tensor, scale: Tensor, quantizer: WeightQuantizer, *, margin: float = MARGIN
+) -> Tensor:
     """A weight near `weight` that `quantize_weight` turns into exactly `codes` and, to fp32 rounding, `scale`.
 
-    Ternary: a zero is clipped to the zero bin, |w| <= 0.49 scale, and otherwise keeps its value. The nonzero ones of a
-    group become sign * max(|w| + t, 0.51 scale), |w| counted in the direction of the code; the one t is such that the
-    group's mean(|w|) is its scale. Of all weights with these zeros and edges that is the nearest in least squares.
+    Ternary: a zero is clipped to the zero bin, |w| <= (0.5 - margin) scale, and otherwise keeps its value. The nonzero
+    ones of a group become sign * max(|w| + t, (0.5 + margin) scale), |w| counted in the direction of the code; the one
+    t is such that the group's mean(|w|) is its scale. Of all weights with these zeros and edges that is the nearest in
+    least squares.
 
     Binary: codes are signs relative to the group's mean, so the mean is made zero. Either sign's weights become
-    sign * max(|w - mean| + t, 0.01 scale) with a t of its own, so that each sign sums to half of size * scale.
+    sign * max(|w - mean| + t, margin * scale) with a t of its own, so that each sign sums to half of size * scale.
 
     Two kinds of group cannot be had, and the rule is:
     - ternary without a nonzero code (its absmean would be the scale of some nonzero code): the weight is 0 and its
@@ -35,6 +38,7 @@ def latent_weight(weight: Tensor, codes: Tensor, scale: Tensor, quantizer: Weigh
         weight: (N, K), finite.
         codes: (N, K), -1, 0, 1; no zeros for a binary grid.
         scale: as `weight_scale` shapes it; at least 1e-5 is used.
+        margin: above 0 and below 0.5.
     Returns:
         (N, K) in the dtype of `weight`; the promise holds for fp32.
     Raises:
@@ -47,12 +51,12 @@ def latent_weight(weight: Tensor, codes: Tensor, scale: Tensor, quantizer: Weigh
     w = weight.double().reshape(-1, width)
     sign = codes.double().reshape(-1, width)
     target = scale.double().reshape(-1, 1).clamp(min=SCALE_FLOOR)
-    latent = _ternary(w, sign, target) if quantizer.grid == "ternary" else _binary(w, sign, target)
+    latent = (_ternary if quantizer.grid == "ternary" else _binary)(w, sign, target, margin)
     return latent.reshape(weight.shape).to(weight.dtype)
 
 
-def _ternary(w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    zero_edge, nonzero_edge = (0.5 - MARGIN) * scale, (0.5 + MARGIN) * scale
+def _ternary(w: Tensor, codes: Tensor, scale: Tensor, margin: float) -> Tensor:
+    zero_edge, nonzero_edge = (0.5 - margin) * scale, (0.5 + margin) * scale
     is_zero = codes == 0
     zeros = torch.where(is_zero, w.clamp(-zero_edge, zero_edge), 0.0)
     total = w.shape[1] * scale - zeros.abs().sum(dim=1, keepdim=True)
@@ -60,7 +64,7 @@ def _ternary(w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch.where(is_zero.all(dim=1, keepdim=True), 0.0, zeros + codes * magnitude)
 
 
-def _binary(w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _binary(w: Tensor, codes: Tensor, scale: Tensor, margin: float) -> Tensor:
     if w.shape[1] < 2:
         raise ValueError(
             f"a binary weight needs at least two weights a scale; got group_size={w.shape[1]}; its sign relative to "
@@ -69,8 +73,8 @@ def _binary(w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     codes = _with_both_signs(w, codes)
     magnitude = (w - w.mean(dim=1, keepdim=True)) * codes
     half = w.shape[1] * scale / 2
-    above = _with_sum(magnitude, codes > 0, MARGIN * scale, half)
-    below = _with_sum(magnitude, codes < 0, MARGIN * scale, half)
+    above = _with_sum(magnitude, codes > 0, margin * scale, half)
+    below = _with_sum(magnitude, codes < 0, margin * scale, half)
     return above - below
 
 

@@ -67,6 +67,8 @@ def run(
                 loss_fn = training.taught_loss_fn(
                     student, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
                 )
+        if config.threshold_margin:
+            training.clear_thresholds(student, config.threshold_margin)
         on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
         metrics = training.train_on_task(
             student,

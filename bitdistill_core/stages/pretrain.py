@@ -70,6 +70,8 @@ def run(
                     task_loss_weight=config.task_loss_weight,
                     variant="authors",  # every position; tau squared keeps the gradient's size
                 )
+            if config.threshold_margin:
+                training.clear_thresholds(student, config.threshold_margin)
             on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
             metrics.update(
                 training.train_on_corpus(

@@ -18,6 +18,8 @@ from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.latent import latent_weight
+from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_task
 
 
@@ -170,6 +172,26 @@ def round_embeddings(model: PreTrainedModel) -> None:
     for weight in weights[:1] if weights[0] is weights[1] else weights:
         codes, scale = quantize_rows(weight)
         weight.copy_(codes.float() * scale[:, None])
+
+
+@torch.no_grad()
+def clear_thresholds(model: PreTrainedModel, margin: float) -> None:
+    """Moves the latent weights of every BitLinear `margin` scales away from the thresholds; codes and scales stay.
+
+    Training leaves weights piled up at the thresholds (oscillation: arXiv 2203.11086), where the first step of a fresh
+    optimiser, of the same length for all, turns thousands of codes at once.
+
+    Raises:
+        ValueError: another scale than absmean.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, BitLinear)):
+        quantizer = layer.quantizer
+        if quantizer.scale_rule != "absmean":
+            raise ValueError(
+                f"threshold_margin needs scale_rule=absmean; got scale_rule={quantizer.scale_rule}; set it to 0"
+            )
+        codes, scale = quantize_weight(layer.weight, quantizer)
+        layer.weight.copy_(latent_weight(layer.weight, codes, scale, quantizer, margin=margin))
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:

@@ -6,12 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from bitdistill_core.config import Params, merged, read_yaml, validated
+from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
 from bitdistill_core.data import Example, ExampleBatches, collate, load_examples
 from bitdistill_core.losses import Totals
+from bitdistill_core.manifest import discard
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
+from bitdistill_core.stages import data as data_stage
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.stages.data import _sample
 from bitdistill_core.templates import TEMPLATES, Template
@@ -194,3 +199,55 @@ def test_sampled_sequences_are_random_documents_joined_and_cut(tmp_path: Path) -
     assert sample_sequences(directory, "text", tokenizer, num_sequences=whole, length=10, seed=7).shape == (whole, 10)
     with pytest.raises(ValueError, match=rf"length = {10 * whole + 10} tokens; path=.* has {len(ids)}; lower"):
         sample_sequences(directory, "text", tokenizer, num_sequences=whole + 1, length=10, seed=7)
+
+
+def test_texts_within_longer_texts_are_dropped_by_whole_words() -> None:
+    texts = ["a good film", "good film", "this is a good  film indeed", "ood film", "bad", "bad", "", "film good"]
+    assert [texts[i] for i in drop_contained(texts)] == [texts[2], "ood film", "bad", "", "film good"]
+    assert drop_contained(["bad", "x", "bad"]) == [0, 1]
+
+
+def test_dropping_agrees_with_comparing_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join("abc"[i] for i in rng.integers(0, 3, rng.integers(1, 9))) for _ in range(300)]
+
+    def is_contained(i: int) -> bool:
+        return any(
+            f" {texts[i]} " in f" {other} " and (other != texts[i] or j < i) for j, other in enumerate(texts) if j != i
+        )
+
+    assert drop_contained(texts) == [i for i in range(300) if not is_contained(i)]
+
+
+def test_the_stage_drops_contained_training_examples_before_it_samples(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    rows = {"sentence": ["a good film", "good film", "a bad one", "a bad"], "label": [1, 1, 0, 0]}
+    for split in ("train", "validation"):
+        pq.write_table(pa.table(rows), folder / f"{split}.parquet")
+    changes = {
+        "data": {
+            "examples": str(folder),
+            "eval_splits": ["validation"],
+            "corpus": str(corpus),
+            "drop_contained": True,
+            "max_train_examples": 3,
+        }
+    }
+    params = validated(Params, merged(read_yaml(Path(__file__).parents[2] / "params.yaml"), changes))
+    out = tmp_path / "out"
+    out.mkdir()
+    data_stage.run(
+        params.data,
+        data_stage.Inputs(),
+        out_dir=out,
+        work_dir=tmp_path / "work",
+        report=discard,
+        device=torch.device("cpu"),
+    )
+    kept = {
+        split: pq.read_table(out / "examples" / f"{split}.parquet")["prompt"].to_pylist()
+        for split in ("train", "validation")
+    }
+    assert kept["train"] == ["Review: a good film\nSentiment:", "Review: a bad one\nSentiment:"]
+    assert len(kept["validation"]) == 4

@@ -14,10 +14,11 @@ from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
 from bitdistill_core.losses import Batch
 from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.relations import captured
 from bitdistill_core.stages import distill, pretrain, surgery
 from bitdistill_core.stages.distill import layer_pairs
-from bitdistill_core.stages.training import quantization_warmup
+from bitdistill_core.stages.training import clear_thresholds, quantization_warmup
 from tests.core.conftest import Workshop, build, section
 from tests.core.test_block_outputs import block_outputs
 
@@ -43,6 +44,10 @@ def first_examples(workshop: Workshop) -> Batch:
         workshop.data / "examples" / "train.parquet", workshop.tokenizer, max_length=64, window=64, is_generation=False
     )
     return ExampleBatches(examples, batch_size=8, gradient_accumulation=1, seed=0)(0)[0]
+
+
+def bit_linears(model: PreTrainedModel) -> list[BitLinear]:
+    return [module for module in model.modules() if isinstance(module, BitLinear)]
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -245,3 +250,34 @@ def test_balanced_terms_have_the_task_gradients_norm(workshop: Workshop, student
     first = next(metrics for step, metrics in log if step == 1 and "distill/grad_norm_task_loss" in metrics)
     for part in ("logits_kd", "attention_kd", "hidden_kd"):
         assert first[f"distill/grad_norm_{part}"] == pytest.approx(0.5 * first["distill/grad_norm_task_loss"], rel=1e-4)
+
+
+def test_weights_move_away_from_the_thresholds_and_the_model_stays(workshop: Workshop, student: Path) -> None:
+    before, after, batch = load(student), load(student), first_examples(workshop)
+    clear_thresholds(after, 0.2)
+    for ours, theirs in zip(bit_linears(after), bit_linears(before), strict=True):
+        codes, scale = quantize_weight(ours.weight, ours.quantizer)
+        old_codes, old_scale = quantize_weight(theirs.weight, theirs.quantizer)
+        assert torch.equal(codes, old_codes)
+        torch.testing.assert_close(scale, old_scale, rtol=1e-6, atol=0)
+        assert (ours.weight.abs() / scale - 0.5).abs().min() >= 0.2 - 1e-5
+        assert not torch.equal(ours.weight, theirs.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(after(batch.input_ids).logits, before(batch.input_ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_distillation_begins_with_the_margin(workshop: Workshop, student: Path) -> None:
+    config = section("distill", threshold_margin=0.1, learning_rate=1e-12, weight_decay=0.0)
+    inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
+    after, expected = workshop.run(distill, config, inputs, "distill").model(), load(student)
+    clear_thresholds(expected, 0.1)
+    for ours, theirs in zip(bit_linears(after), bit_linears(expected), strict=True):
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_a_margin_needs_the_absmean_scale(workshop: Workshop, student: Path) -> None:
+    model = load(student)
+    for layer in bit_linears(model):
+        layer.quantizer = WeightQuantizer(scale_rule="least_squares")
+    with pytest.raises(ValueError, match="threshold_margin needs scale_rule=absmean; got scale_rule=least_squares"):
+        clear_thresholds(model, 0.1)
