@@ -42,7 +42,6 @@ class DataConfig(Section):
     eval_splits: list[str] = Field(min_length=1)  # the first one is the headline
     max_train_examples: int = Field(ge=0)  # 0: all
     max_eval_examples: int = Field(ge=0)  # 0: all
-    drop_contained: bool  # leave out training examples whose text lies within a longer one's
     corpus: str  # parquet file, directory of *.parquet, or data set id on the hub
     corpus_column: str
     corpus_documents: int = Field(ge=0)  # 0: all
@@ -160,6 +159,12 @@ class BlockwiseConfig(Section):
     num_tokens: int = Field(gt=0)  # at most; the hidden states of so many tokens are held in memory
 
 
+class TaskBlockwiseConfig(BlockwiseConfig):
+    """Section `distill.blockwise`, on the task's examples."""
+
+    drop_contained: bool  # leave out examples whose text lies within a longer one's
+
+
 class StudentTraining(Section):
     """What the stages that train a student share."""
 
@@ -213,6 +218,7 @@ class DistillConfig(TaskSection, StudentTraining):
     With no distillation weight above 0 it is plain fine-tuning of the student, and no teacher runs.
     """
 
+    blockwise: TaskBlockwiseConfig
     loss: Literal["paper", "authors"]  # Eq. 8-12, or what the authors' code computes
     logits_kd_weight: float = Field(ge=0)  # [lambda]
     attention_kd_weight: float = Field(ge=0)  # [gamma]

@@ -5,7 +5,6 @@ The student, its teacher and every evaluation see the same strings. A task of on
 """
 
 from collections.abc import Mapping
-from string import Formatter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -42,12 +41,6 @@ class Template(BaseModel):
             raise ValueError(
                 f"the template needs column {error.args[0]}; the columns are {', '.join(row)}; fix data.template"
             ) from None
-
-    def texts(self, row: Mapping[str, Any]) -> str:
-        """The columns of a row that the prompt names, a line each. Raises ValueError for a column that it lacks."""
-        columns = [name for _, name, _, _ in Formatter().parse(self.prompt) if name]
-        self.render_prompt(row)
-        return "\n".join(str(_one_line(row[name])) for name in columns)
 
     def render_answer(self, row: Mapping[str, Any]) -> str:
         """The answer of a row, with its leading space. Raises ValueError for a label outside `label_words`."""

@@ -17,7 +17,6 @@ import torch
 from bitdistill_core import naive_bayes
 from bitdistill_core import sources as data_sources
 from bitdistill_core.config import DataConfig
-from bitdistill_core.contained import drop_contained
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.templates import Template
@@ -78,10 +77,7 @@ def run(
     tables: dict[str, pa.Table] = {}
     for split in dict.fromkeys((config.train_split, *config.eval_splits)):
         limit = config.max_train_examples if split == config.train_split else config.max_eval_examples
-        rows = list(data_sources.read_rows(source, split, config.examples_config))
-        if config.drop_contained and split == config.train_split:
-            rows = [rows[i] for i in drop_contained([template.texts(row) for row in rows])]
-        rows = _sample(rows, limit)
+        rows = _sample(list(data_sources.read_rows(source, split, config.examples_config)), limit)
         tables[split] = _render(rows, template, split)
         path = examples_path(out_dir, split)
         path.parent.mkdir(exist_ok=True)

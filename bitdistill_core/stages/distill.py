@@ -50,7 +50,9 @@ def run(
                     f"{len(teacher_tokenizer)} and {len(tokenizer)}"
                 )
             if config.blockwise.num_epochs:
-                batches = training.task_batches(student, tokenizer, config, inputs.data)
+                batches = training.task_batches(
+                    student, tokenizer, config, inputs.data, without_contained=config.blockwise.drop_contained
+                )
                 training.train_blockwise(
                     student,
                     teacher,

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.blockwise import train_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
+from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, load_examples
 from bitdistill_core.manifest import Metrics, Report
@@ -102,22 +105,38 @@ def corpus_batches(
 
 
 def task_batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TaskSection, data: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TaskSection,
+    data: Path,
+    *,
+    without_contained: bool = False,
 ) -> ExampleBatches:
-    """step -> micro-batches of the task's training examples."""
+    """step -> micro-batches of the task's training examples; all, or those whose text no longer one contains."""
+    task, path = read_task(data), examples_path(data, "train")
     examples = load_examples(
-        examples_path(data, "train"),
+        path,
         tokenizer,
         max_length=config.max_length,
         window=int(model.config.max_position_embeddings),
-        is_generation=read_task(data).kind == "generation",
+        is_generation=task.kind == "generation",
     )
+    if without_contained:
+        examples = [examples[i] for i in drop_contained(_prompt_texts(path, task.prompt))]
     return ExampleBatches(
         examples,
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         seed=config.seed,
     )
+
+
+def _prompt_texts(path: Path, template: str) -> list[str]:
+    """The prompts of a file without what the template puts before the first and behind the last column."""
+    parts = list(Formatter().parse(template))
+    head, tail = parts[0][0], parts[-1][0] if parts[-1][1] is None else ""
+    prompts = pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()
+    return [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
 
 
 def train_blockwise(

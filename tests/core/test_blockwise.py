@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from bitdistill_core.blockwise import train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.passage import Passage
-from bitdistill_core.stages import distill, pretrain, surgery
+from bitdistill_core.stages import distill, pretrain, surgery, training
 from bitdistill_core.surgery import operate
 from tests.core.conftest import Workshop, build, section
 from tests.core.test_block_outputs import block_outputs, num_hooks
@@ -20,6 +22,7 @@ from tests.core.test_losses import make_batch, split
 from tests.core.test_stage_options import load
 
 BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "num_tokens": 10**6}
+ON_TASK = {**BLOCKWISE, "drop_contained": False}
 OPTIONS: dict[str, Any] = {
     "name": "distill.blockwise",
     "num_epochs": 20,
@@ -149,20 +152,48 @@ def test_distillation_trains_blocks_first_and_keeps_to_the_tokens(workshop: Work
     student = workshop.run(surgery, section("surgery"), inputs, "student").path
     inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
     kd = {"logits_kd_weight": 0.0, "attention_kd_weight": 0.0, "grad_norm_every": 0}
-    finished = workshop.run(distill, section("distill", blockwise={**BLOCKWISE, "num_tokens": 1}, **kd), inputs, "one")
+    finished = workshop.run(distill, section("distill", blockwise={**ON_TASK, "num_tokens": 1}, **kd), inputs, "one")
     blockwise = [step for step, m in finished.log if "distill.blockwise/loss" in m]
     assert blockwise == list(range(1, 9))  # one batch, 4 epochs, 2 blocks
     after = [m for _, m in finished.log if "distill/loss" in m]
     assert len(after) == 2
     assert not any("kd" in name for name in after[0])  # cross-entropy alone follows
-    finished = workshop.run(distill, section("distill", blockwise=BLOCKWISE, **kd), inputs, "all")
+    finished = workshop.run(distill, section("distill", blockwise=ON_TASK, **kd), inputs, "all")
     assert max(step for step, m in finished.log if "distill.blockwise/loss" in m) == 4 * 4 * 2  # 32 examples in eights
+
+
+def test_blocks_leave_out_examples_within_longer_ones(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = workshop.data / "examples" / "train.parquet"
+    whole = [f"the {noun} {verb} {number}" for number in "123" for noun in ("cat", "dog") for verb in ("sat", "ran")]
+    parts = [text.split(" ", 1)[1] for text in whole]  # without "the"
+    rows = pq.read_table(path).slice(0, 24).to_pydict()
+    rows["prompt"] = [f"Review: {text}\nSentiment:" for text in [*parts, *whole]]
+    pq.write_table(pa.table(rows), path)
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    student = workshop.run(surgery, section("surgery"), inputs, "student").path
+    inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
+    seen: dict[str, list[Batch]] = {}
+    monkeypatch.setattr(
+        training,
+        "train_blocks",
+        lambda *args, name, **options: seen.setdefault(name, [b for step in args[2] for b in step]) and {},
+    )
+    config = section("distill", batch_size=4, num_epochs=1, blockwise={**BLOCKWISE, "drop_contained": True})
+    finished = workshop.run(distill, config, inputs, "out")
+    texts = [
+        workshop.tokenizer.decode(row[:length])
+        for batch in seen["distill.blockwise"]
+        for row, length in zip(batch.input_ids, batch.lengths.tolist(), strict=True)
+    ]
+    assert len(texts) == len(whole)
+    assert all("Review: the " in text for text in texts)
+    assert max(step for step, m in finished.log if "distill/loss" in m) == 24 // 4  # all of them afterwards
 
 
 def test_blocks_are_not_trained_again_when_distillation_goes_on(workshop: Workshop) -> None:
     inputs = {"model": workshop.model("base"), "data": workshop.data}
     student = workshop.run(surgery, section("surgery"), inputs, "student").path
-    config = section("distill", blockwise=BLOCKWISE, num_epochs=1, checkpoint_every=1)
+    config = section("distill", blockwise=ON_TASK, num_epochs=1, checkpoint_every=1)
     stages = distill.Inputs(student=student, teacher=workshop.model("teacher", seed=4), data=workshop.data)
     log: list[str] = []
 
@@ -206,4 +237,4 @@ def test_a_teacher_of_other_depth_is_refused(workshop: Workshop) -> None:
     teacher = workshop.model("teacher", num_hidden_layers=3, layer_types=None)
     inputs = {"student": student, "teacher": teacher, "data": workshop.data}
     with pytest.raises(ValueError, match=r"distill\.blockwise compares block with block.*got student=\(2, 32\), tea"):
-        workshop.run(distill, section("distill", blockwise=BLOCKWISE), inputs, "distilled")
+        workshop.run(distill, section("distill", blockwise=ON_TASK), inputs, "distilled")

@@ -6,17 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from bitdistill_core.config import Params, merged, read_yaml, validated
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
 from bitdistill_core.data import Example, ExampleBatches, collate, load_examples
 from bitdistill_core.losses import Totals
-from bitdistill_core.manifest import discard
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
-from bitdistill_core.stages import data as data_stage
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.stages.data import _sample
 from bitdistill_core.templates import TEMPLATES, Template
@@ -217,37 +213,3 @@ def test_dropping_agrees_with_comparing_all_pairs() -> None:
         )
 
     assert drop_contained(texts) == [i for i in range(300) if not is_contained(i)]
-
-
-def test_the_stage_drops_contained_training_examples_before_it_samples(tmp_path: Path, corpus: Path) -> None:
-    folder = tmp_path / "examples"
-    folder.mkdir()
-    rows = {"sentence": ["a good film", "good film", "a bad one", "a bad"], "label": [1, 1, 0, 0]}
-    for split in ("train", "validation"):
-        pq.write_table(pa.table(rows), folder / f"{split}.parquet")
-    changes = {
-        "data": {
-            "examples": str(folder),
-            "eval_splits": ["validation"],
-            "corpus": str(corpus),
-            "drop_contained": True,
-            "max_train_examples": 3,
-        }
-    }
-    params = validated(Params, merged(read_yaml(Path(__file__).parents[2] / "params.yaml"), changes))
-    out = tmp_path / "out"
-    out.mkdir()
-    data_stage.run(
-        params.data,
-        data_stage.Inputs(),
-        out_dir=out,
-        work_dir=tmp_path / "work",
-        report=discard,
-        device=torch.device("cpu"),
-    )
-    kept = {
-        split: pq.read_table(out / "examples" / f"{split}.parquet")["prompt"].to_pylist()
-        for split in ("train", "validation")
-    }
-    assert kept["train"] == ["Review: a good film\nSentiment:", "Review: a bad one\nSentiment:"]
-    assert len(kept["validation"]) == 4
