@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
@@ -12,9 +13,10 @@ from bitdistill_core.engine.model import Engine
 from bitdistill_core.panels import unpack_ternary
 from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.weight import WeightQuantizer
+from bitdistill_core.stages import pack, surgery
 from bitdistill_core.stages.pack import pack_model
 from bitdistill_core.surgery import operate
-from tests.core.conftest import build
+from tests.core.conftest import Workshop, build, section
 from tests.core.test_engine import relative_error, tokenizer_json
 
 QUANTIZERS = [
@@ -59,6 +61,21 @@ def test_every_weight_quantizer_of_a_student_is_packed(
     ids = [5, 60, 3, 3, 17, 42, 88, 9]
     expected = student(torch.tensor([ids])).logits[0].numpy()
     assert relative_error(engine.logits(ids), expected) < 0.02  # an activation near a tie may round either way
+
+
+def test_a_packed_model_far_from_its_student_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    inputs = {"student": workshop.run(surgery, section("surgery"), inputs, "student").path, "data": workshop.data}
+    finished = workshop.run(pack, section("pack"), inputs, "packed")
+    assert finished.metrics["pack/logit_drift"] <= finished.metrics["pack/logit_drift_max"] < 0.1
+
+    def wrong_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantize_rows(weight)
+        return codes, scale * torch.linspace(0.5, 2.0, len(scale))
+
+    monkeypatch.setattr(pack, "quantize_rows", wrong_rows)
+    with pytest.raises(ValueError, match=r"drifts from the student: median relative logit error=\d"):
+        workshop.run(pack, section("pack"), inputs, "wrong")
 
 
 def test_a_block_that_is_no_multiple_of_16_is_named_with_its_layer(tmp_path: Path) -> None:
