@@ -301,6 +301,16 @@ class Params(Section):
     benchmark: BenchmarkConfig
     report: ReportConfig
 
+    @model_validator(mode="after")
+    def _margin_of_absmean(self) -> "Params":
+        margin = max(self.pretrain.threshold_margin, self.distill.threshold_margin)
+        if margin and self.surgery.weight_scale != "absmean":
+            raise ValueError(
+                f"threshold_margin needs surgery.weight_scale absmean; got weight_scale={self.surgery.weight_scale}, "
+                f"threshold_margin={margin}; set it to 0"
+            )
+        return self
+
 
 def load_params(
     path: Path, *, profile: str | None = None, overrides: Sequence[str] = (), seed: int | None = None

@@ -114,3 +114,11 @@ def test_run_names() -> None:
     assert run_name("demo", seed=2, name=None) == "demo-seed2"
     with pytest.raises(ValueError, match="one directory name"):
         run_name("demo", seed=None, name="../x")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_a_threshold_margin_needs_the_absmean_scale(stage: str) -> None:
+    overrides = ["surgery.weight_scale=least_squares", f"{stage}.threshold_margin=0.1"]
+    with pytest.raises(ValueError, match=r"got weight_scale=least_squares, threshold_margin=0\.1; set it to 0"):
+        load_params(PARAMS, overrides=overrides)
+    load_params(PARAMS, overrides=overrides[1:])
