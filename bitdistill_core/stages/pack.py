@@ -29,7 +29,7 @@ from bitdistill_core.stages.data import examples_path, read_task
 PACKED = "model.bitdistill"
 # Activations within float error of a tie between two INT8 values are rounded apart by engine and PyTorch, as by PyTorch
 # in float32 and float64: behind 30 blocks 0.02 in the median, 0.06 on single prompts (docs/LOG.md).
-MAX_DRIFT = 0.1
+MAX_DRIFT, MAX_DRIFT_OF_A_PROMPT = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def run(
         drift, is_same = _compare(student, engine, ids[-window:])
         drifts.append(drift)
         num_same += is_same
-    typical = float(np.median(drifts))
-    if not typical <= MAX_DRIFT:
+    typical, worst = float(np.median(drifts)), max(drifts)
+    if not (typical <= MAX_DRIFT and worst <= MAX_DRIFT_OF_A_PROMPT):
         raise ValueError(
-            f"the packed model drifts from the student: median relative logit error={typical:.4f} on {len(prompts)} "
-            f"prompts (the limit is {MAX_DRIFT}); the student's embeddings must lie on the INT8 grid, as distill "
-            "leaves them"
+            f"the packed model drifts from the student: median relative logit error={typical:.4f} (the limit is "
+            f"{MAX_DRIFT}), largest={worst:.4f} (the limit is {MAX_DRIFT_OF_A_PROMPT}) on {len(prompts)} prompts; the "
+            "student's embeddings must lie on the INT8 grid, as distill leaves them"
         )
     info = engine.info()
     num_weights = sum(p.numel() for p in student.parameters())
@@ -83,7 +83,7 @@ def run(
         "pack/fp16_mib": num_weights * 2 / 2**20,
         "pack/compression": num_weights * 2 / info["file_bytes"],
         "pack/logit_drift": typical,
-        "pack/logit_drift_max": max(drifts),
+        "pack/logit_drift_max": worst,
         "pack/same_next_token": num_same / len(prompts),
     }
     metrics.update({f"pack/{part}_mib": size / 2**20 for part, size in info["bytes"].items()})

@@ -78,6 +78,21 @@ def test_a_packed_model_far_from_its_student_is_refused(workshop: Workshop, monk
         workshop.run(pack, section("pack"), inputs, "wrong")
 
 
+def test_a_single_prompt_gone_wrong_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"model": workshop.model("base"), "data": workshop.data}
+    inputs = {"student": workshop.run(surgery, section("surgery"), inputs, "student").path, "data": workshop.data}
+    true_logits, calls = Engine.logits, []
+
+    def first_call_wrong(engine: Engine, ids: list[int]) -> np.ndarray:
+        calls.append(ids)
+        return true_logits(engine, ids) * (2.0 if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(Engine, "logits", first_call_wrong)
+    with pytest.raises(ValueError, match=r"drifts from the student: .* largest=\d"):
+        workshop.run(pack, section("pack"), inputs, "wrong")
+    assert len(calls) > 2
+
+
 def test_a_block_that_is_no_multiple_of_16_is_named_with_its_layer(tmp_path: Path) -> None:
     student = student_of("qwen3", WeightQuantizer("ternary", "block", 8))
     with pytest.raises(ValueError, match=r"a multiple of 16; got linear=model\.layers\.0\.self_attn\.q_proj .*size=8"):
