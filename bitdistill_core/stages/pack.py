@@ -3,6 +3,7 @@
 Writes model.bitdistill and verifies it: the packed model must repeat the student's prediction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,10 @@ from bitdistill_core.stages.data import examples_path, read_task
 
 PACKED = "model.bitdistill"
 # Activations within float error of a tie between two INT8 values are rounded apart by engine and PyTorch, as by PyTorch
-# in float32 and float64: behind 30 blocks 0.02 in the median, 0.06 on single prompts (docs/LOG.md).
+# with another order of summation: behind 30 blocks 0.02 in the median, 0.06 on single prompts, several times as much
+# where the student is hardly trained (docs/LOG.md). So beyond these limits the student's own sensitivity to float error
+# is measured, and three times that allowed.
+FLOAT_ERROR = 1e-7  # relative, float32
 MAX_DRIFT, MAX_DRIFT_OF_A_PROMPT = 0.05, 0.2
 
 
@@ -61,21 +65,25 @@ def run(
     table = pq.read_table(examples_path(inputs.data, task.eval_splits[0]), columns=["prompt"])
     prompts = table["prompt"].to_pylist()[: config.verify_examples]
     window = int(student.config.max_position_embeddings)
-    drifts, num_same = [], 0
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt)
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
         if engine.tokenizer.encode(prompt, add_special_tokens=True) != ids:
             raise ValueError(f"the packed tokenizer encodes prompt={prompt[:60]!r} differently from the student's")
-        drift, is_same = _compare(student, engine, ids[-window:])
-        drifts.append(drift)
-        num_same += is_same
-    typical, worst = float(np.median(drifts)), max(drifts)
-    if not (typical <= MAX_DRIFT and worst <= MAX_DRIFT_OF_A_PROMPT):
+    tokens = [ids[-window:] for ids in tokens]
+    expected = _last_logits(student, tokens)
+    got = [engine.logits(ids)[-1] for ids in tokens]
+    typical, worst = _drift(got, expected)
+    limits = MAX_DRIFT, MAX_DRIFT_OF_A_PROMPT
+    if not (typical <= limits[0] and worst <= limits[1]):
+        own_typical, own_worst = _drift(_last_logits(_nudged(student), tokens), expected)
+        limits = max(limits[0], 3 * own_typical), max(limits[1], 3 * own_worst)
+    if not (typical <= limits[0] and worst <= limits[1]):
         raise ValueError(
             f"the packed model drifts from the student: median relative logit error={typical:.4f} (the limit is "
-            f"{MAX_DRIFT}), largest={worst:.4f} (the limit is {MAX_DRIFT_OF_A_PROMPT}) on {len(prompts)} prompts; the "
+            f"{limits[0]:.4f}), largest={worst:.4f} (the limit is {limits[1]:.4f}) on {len(prompts)} prompts; the "
             "student's embeddings must lie on the INT8 grid, as distill leaves them"
         )
+    num_same = sum(int(a.argmax() == b.argmax()) for a, b in zip(got, expected, strict=True))
     info = engine.info()
     num_weights = sum(p.numel() for p in student.parameters())
     metrics = {
@@ -163,11 +171,25 @@ def _eos_ids(student: PreTrainedModel) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
+@torch.no_grad()
+def _nudged(student: PreTrainedModel) -> PreTrainedModel:
+    """The student itself, the gain of every norm moved by a float error: what another order of summation may do."""
+    generator = torch.Generator().manual_seed(0)
+    for name, gain in student.named_parameters():
+        if gain.dim() == 1 and name.endswith("norm.weight"):
+            gain.mul_(1 + FLOAT_ERROR * torch.randn(gain.shape, generator=generator))
+    return student
+
+
 @torch.inference_mode()
-def _compare(student: PreTrainedModel, engine: Engine, ids: list[int]) -> tuple[float, bool]:
-    """Relative error of the last token's logits, and whether the next token is the same."""
-    hidden = student.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
-    expected = head_logits(student, hidden).float().numpy()
-    got = engine.logits(ids)[-1]
-    drift = float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-9))
-    return drift, bool(got.argmax() == expected.argmax())
+def _last_logits(student: PreTrainedModel, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+    """The last token's logits (V,) of each prompt, one prompt at a time."""
+    hidden = [student.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False)[0][0, -1] for ids in prompts]
+    return [head_logits(student, last).numpy() for last in hidden]
+
+
+def _drift(logits: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Relative error of the logits, |a - b| / |b|: its median over the prompts and the largest."""
+    norms = [max(float(np.linalg.norm(b)), 1e-9) for b in expected]
+    errors = [float(np.linalg.norm(a - b)) / n for a, b, n in zip(logits, expected, norms, strict=True)]
+    return float(np.median(errors)), max(errors)

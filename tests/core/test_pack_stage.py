@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitdistill_core import checkpoint
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.panels import unpack_ternary
@@ -15,6 +16,7 @@ from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.stages import pack, surgery
 from bitdistill_core.stages.pack import pack_model
+from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
 from tests.core.conftest import Workshop, build, section
 from tests.core.test_engine import relative_error, tokenizer_json
@@ -75,6 +77,23 @@ def test_a_packed_model_far_from_its_student_is_refused(workshop: Workshop, monk
 
     monkeypatch.setattr(pack, "quantize_rows", wrong_rows)
     with pytest.raises(ValueError, match=r"drifts from the student: median relative logit error=\d"):
+        workshop.run(pack, section("pack"), inputs, "wrong")
+
+
+def test_a_deep_student_may_drift_as_far_as_float_error_takes_it(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = build("qwen3", num_hidden_layers=100, layer_types=None, vocab_size=len(workshop.tokenizer))
+    operate(student, subln="none", sub_norm_eps=1e-6, quantizer=WeightQuantizer())
+    round_embeddings(student)
+    checkpoint.save_model(student, workshop.tokenizer, workshop.root / "student")
+    inputs = {"student": workshop.root / "student", "data": workshop.data}
+    monkeypatch.setattr(pack, "MAX_DRIFT", 0.0)
+    assert workshop.run(pack, section("pack"), inputs, "packed").metrics["pack/logit_drift"] > 0
+
+    true_logits = Engine.logits
+    monkeypatch.setattr(Engine, "logits", lambda engine, ids: 1.2 * true_logits(engine, ids))
+    with pytest.raises(ValueError, match="drifts from the student"):
         workshop.run(pack, section("pack"), inputs, "wrong")
 
 
