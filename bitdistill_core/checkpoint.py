@@ -5,6 +5,7 @@ only then loads the weights, strictly: a lenient load is how learned SubLN gains
 """
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     }
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(directory)
+    shutil.copymode(directory / "config.json", directory / WEIGHTS)  # safetensors makes it its owner's alone
     tokenizer.save_pretrained(directory)
 
 

@@ -5,6 +5,7 @@ finished; its manifest.json (configuration, digests of inputs and outputs, code 
 checkpoints live in `.work/` too and survive an interruption.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from bitdistill_core import __version__
 
@@ -96,7 +98,7 @@ def execute(
         "sources": [[path.name, _digest_file(path)] for path in sources],
     }
     fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
-    with _locked(work_root):
+    with _locked(work_root), _full_disk_named(stage, work_root):
         done = _finished(directory, fingerprint)
         if done is not None:
             return done
@@ -135,6 +137,22 @@ def _locked(work_root: Path) -> Iterator[None]:
                 "give this run another name"
             ) from None
         yield
+
+
+@contextmanager
+def _full_disk_named(stage: str, work_root: Path) -> Iterator[None]:
+    """Raises ValueError when the disk is full; every other error as it is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = {errno.ENOSPC, errno.EDQUOT}
+        if getattr(error, "errno", None) not in full and not any(f"(os error {n})" in str(error) for n in full):
+            raise
+        raise ValueError(
+            f"the disk is full; got free_mib={shutil.disk_usage(work_root.parent).free / 2**20:.1f} at "
+            f"path={work_root.parent} in stage={stage}; make room and run the same command again, finished stages and "
+            "the last checkpoint are kept"
+        ) from None
 
 
 class _Recorder:

@@ -53,6 +53,8 @@ def test_a_dense_model_reloads_exactly(
     any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     checkpoint.save_model(any_model, tokenizer, tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # whoever may read the one may read the other
     loaded, _ = checkpoint.load_model(tmp_path)
     with torch.no_grad():
         assert torch.equal(any_model(IDS).logits, loaded(IDS).logits)

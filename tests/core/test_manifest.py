@@ -1,11 +1,13 @@
 """What is up to date, what is made again, and that nothing is ever half-written."""
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from bitdistill_core.manifest import Metrics, Report, Result, execute, read_manifest
 
@@ -109,8 +111,8 @@ def test_a_damaged_output_is_made_again_and_named(tmp_path: Path, damage: str) -
 def test_a_failed_stage_leaves_no_result_and_keeps_the_old_one(tmp_path: Path) -> None:
     stage = Stage()
     run(stage, tmp_path)
-    stage.error = OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="No space left"):
+    stage.error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError, match="Permission denied"):
         run(stage, tmp_path, value=2)
     assert (tmp_path / "out" / "a.txt").read_text() == "1"
     read_manifest(tmp_path / "out")
@@ -160,3 +162,20 @@ def test_two_processes_never_work_on_one_stage(tmp_path: Path) -> None:
             return super().__call__(*arguments, **options)  # type: ignore[arg-type]
 
     assert run(Nested(), tmp_path).metrics == {"stage/value": 1.0}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space (os error 28)")],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, error: Exception) -> None:
+    stage = Stage()
+    stage.error = error
+    with pytest.raises(ValueError, match=r"the disk is full; got free_mib=\d+\.\d at path=.* in stage=stage; make"):
+        run(stage, tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "work" / "state").read_text() == "x"
+    stage.error = None
+    run(stage, tmp_path)
+    assert (tmp_path / "out" / "a.txt").is_file()
