@@ -21,7 +21,8 @@ class Template(BaseModel):
     kind: Literal["classification", "generation"]
     prompt: str = Field(min_length=1)
     label_words: list[str] = []  # classification: the answer of label 0, 1, ...
-    answer_column: str  # the integer label, or the reference text
+    label_values: list[int | bool | str] = []  # what the column holds for each word; none: 0, 1, ... or the word
+    answer_column: str  # the label, or the reference text
 
     @model_validator(mode="after")
     def _consistent(self) -> "Template":
@@ -31,6 +32,11 @@ class Template(BaseModel):
             raise ValueError(f"classification needs at least 2 different label_words; got {self.label_words}")
         if any(word != word.strip() or not word for word in self.label_words):
             raise ValueError(f"label_words must be words without outer spaces; got {self.label_words}")
+        if self.label_values and len(set(self.label_values)) != len(self.label_words):
+            raise ValueError(
+                "label_values must be one different value for each of label_words, or none; got "
+                f"label_values={self.label_values}, label_words={self.label_words}"
+            )
         return self
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
@@ -43,18 +49,30 @@ class Template(BaseModel):
             ) from None
 
     def render_answer(self, row: Mapping[str, Any]) -> str:
-        """The answer of a row, with its leading space. Raises ValueError for a label outside `label_words`."""
+        """The answer of a row, with its leading space. Raises ValueError as `label` does."""
+        if self.kind == "generation":
+            return " " + str(self._answer(row)).strip()
+        return " " + self.label_words[self.label(row)]
+
+    def label(self, row: Mapping[str, Any]) -> int:
+        """Which of `label_words` is the answer of a row. Raises ValueError for a label that stands for none."""
+        value = self._answer(row)
+        if isinstance(value, str):
+            value = value.strip()
+        for known in [self.label_values] if self.label_values else [range(len(self.label_words)), self.label_words]:
+            for index, one in enumerate(known):
+                if value == one and type(value) is type(one):  # in Python True == 1 == 1.0
+                    return index
+        wanted = self.label_values or [*range(len(self.label_words)), *self.label_words]
+        raise ValueError(
+            f"a label must be one of {', '.join(map(repr, wanted))}; got {self.answer_column}={value!r}; set "
+            "label_values in data.template to the data's own labels, one for each of label_words, or drop the row"
+        )
+
+    def _answer(self, row: Mapping[str, Any]) -> Any:
         if self.answer_column not in row:
             raise ValueError(f"the template needs column {self.answer_column}; the columns are {', '.join(row)}")
-        value = row[self.answer_column]
-        if self.kind == "generation":
-            return " " + str(value).strip()
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(self.label_words):
-            raise ValueError(
-                f"a label must be an integer from 0 to {len(self.label_words) - 1}, one for each of label_words; got "
-                f"{self.answer_column}={value!r}; fix data.template.label_words or drop the row"
-            )
-        return " " + self.label_words[value]
+        return row[self.answer_column]
 
 
 def _one_line(value: Any) -> Any:

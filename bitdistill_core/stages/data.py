@@ -116,7 +116,7 @@ def _render(rows: Iterable[Mapping[str, Any]], template: Template, split: str) -
         columns["prompt"].append(prompt)
         columns["answer"].append(answer)
         columns["choices"].append(choices)
-        columns["label"].append(row[template.answer_column] if choices else -1)
+        columns["label"].append(template.label(row) if choices else -1)
         columns["reference"].append(answer.strip())
     if not columns["prompt"]:
         raise ValueError(f"the data set is empty: split={split} has no rows; check data.examples and the split's name")

@@ -46,13 +46,40 @@ def test_builtin_templates_render(task: str) -> None:
 
 @pytest.mark.parametrize("label", [-1, 2, "1", 1.0, None, True])
 def test_a_label_outside_the_template_is_an_error(label: object) -> None:
-    with pytest.raises(ValueError, match="a label must be an integer from 0 to 1"):
+    with pytest.raises(ValueError, match="a label must be one of 0, 1, 'negative', 'positive'; got label="):
         TEMPLATES["sst2"].render_answer({"sentence": "x", "label": label})
 
 
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(ValueError, match="needs column sentence; the columns are text, label"):
         TEMPLATES["sst2"].render_prompt({"text": "x", "label": 0})
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([], [0, 1]),
+        ([], ["no", " yes "]),
+        (["spam", "ham"], ["spam", "ham "]),
+        ([False, True], [False, True]),
+        ([-1, 1], [-1, 1]),
+    ],
+)
+def test_labels_may_be_numbers_the_words_or_the_data_s_own(values: list[object], labels: list[object]) -> None:
+    fields = {"kind": "classification", "prompt": "{a}:", "label_words": ["no", "yes"], "label_values": values}
+    template = Template.model_validate({**fields, "answer_column": "label"})
+    assert [template.label({"label": label}) for label in labels] == [0, 1]
+    assert template.render_answer({"label": labels[1]}) == " yes"
+    with pytest.raises(ValueError, match=r"got label='perhaps'; set label_values in data\.template"):
+        template.label({"label": "perhaps"})
+
+
+@pytest.mark.parametrize("values", [["spam"], ["spam", "spam"], ["spam", "ham", "eggs"]])
+def test_label_values_must_pair_up_with_label_words(values: list[str]) -> None:
+    with pytest.raises(ValueError, match="one different value for each of label_words"):
+        Template(
+            kind="classification", prompt="{a}:", label_words=["no", "yes"], label_values=values, answer_column="label"
+        )
 
 
 def test_a_template_with_one_label_is_refused() -> None:
