@@ -19,6 +19,17 @@ def test_the_profiles_of_the_documentation_exist() -> None:
     assert {"demo", "smollm2-sst2"} | qwen <= set(list_profiles(PARAMS))
 
 
+def test_the_profile_in_the_readme_validates(tmp_path: Path) -> None:
+    text = (PARAMS.parent / "README.md").read_text()
+    profile = text.split("# profiles/tickets.yaml\n")[1].split("```")[0]
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "tickets.yaml").write_text(profile)
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text())
+    params = load_params(tmp_path / "params.yaml", profile="tickets")
+    assert params.data.resolved_template.label_words == ["billing", "technical", "sales"]
+    assert params.teacher.learning_rate < params.bitnet_sft.learning_rate < 1e-3  # not those of the tiny demo model
+
+
 def test_the_qwen_profiles_hold_the_papers_values() -> None:
     params = load_params(PARAMS, profile="qwen3-0.6b-mnli")
     assert params.base.checkpoint == "Qwen/Qwen3-0.6B"
