@@ -5,8 +5,11 @@ Tasks and flows are imported inside the commands that need them, so `--help` and
 
 import json
 import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +18,8 @@ from bitdistill_core.cli_tables import commands
 
 # read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TEXTS_AT_ONCE = 256
 
 app = typer.Typer(
     help="Turn a full-precision decoder LM into a packed 1.58-bit student (BitNet Distillation).",
@@ -104,7 +109,12 @@ def stage(
 @app.command()
 def classify(
     model: Model,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts; JSON objects for several columns.")],
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...", help="Texts; JSON objects for several columns; - reads one a line from stdin."
+        ),
+    ],
     num_threads: Threads = 0,
 ) -> None:
     """Label texts with a packed classifier: label, probability and text, tab-separated."""
@@ -112,29 +122,26 @@ def classify(
         import numpy as np
 
         from bitdistill_core.engine.model import Engine
-        from bitdistill_core.templates import Template
 
         engine = Engine.load(packed_path(model), num_threads=num_threads)
-        task = engine.model.task
-        if task is None or task["kind"] != "classification":
-            raise ValueError(
-                f"model={model} is no classifier (task={task and task['name']}); use `bitdistill generate`"
-            )
-        template = Template(
-            kind="classification", prompt=task["prompt"], label_words=task["label_words"], answer_column="label"
-        )
-        prompts = [template.render_prompt(_row(template, text)) for text in texts]
-        scores = engine.score(prompts, [" " + word for word in template.label_words])
-        for text, row in zip(texts, scores, strict=True):
-            probabilities = np.exp(row - np.logaddexp.reduce(row))
-            best = int(row.argmax())
-            print(f"{template.label_words[best]}\t{probabilities[best]:.3f}\t{text}")
+        template = _task_template(engine, model, "classification", "use `bitdistill generate`")
+        choices = [" " + word for word in template.label_words]
+        lines = (one for text in texts for one in (_stdin_lines() if text == "-" else [text]))
+        while group := list(islice(lines, TEXTS_AT_ONCE)):
+            scores = engine.score([template.render_prompt(_row(template, text)) for text in group], choices)
+            for text, row in zip(group, scores, strict=True):
+                probabilities = np.exp(row - np.logaddexp.reduce(row))
+                best = int(row.argmax())
+                print(f"{template.label_words[best]}\t{probabilities[best]:.3f}\t{text}", flush=True)
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; with --task, the task's input column.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; with --task, what its prompt is made of.")],
+    in_task_prompt: Annotated[
+        bool, typer.Option("--task", help="Put the text into the prompt of the model's task.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
@@ -149,6 +156,9 @@ def generate(
         from bitdistill_core.engine.model import Engine
 
         engine = Engine.load(packed_path(model), num_threads=num_threads, kv_dtype=kv_dtype)
+        if in_task_prompt:
+            template = _task_template(engine, model, "generation", "leave --task out")
+            prompt = template.render_prompt(_row(template, prompt))
         for piece in engine.generate(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -237,6 +247,20 @@ def packed_path(model: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(f"no packed model at path={model}; give a model.bitdistill file or a finished run")
+
+
+def _task_template(engine: Any, model: Path, kind: Literal["classification", "generation"], remedy: str) -> Any:
+    from bitdistill_core.templates import Template
+
+    task = engine.model.task
+    if task is None or task["kind"] != kind:
+        raise ValueError(f"this needs a model for {kind}; got model={model}, task={task and task['name']}; {remedy}")
+    fields = {"label_words": task["label_words"]} if kind == "classification" else {}
+    return Template(kind=kind, prompt=task["prompt"], answer_column="answer", **fields)
+
+
+def _stdin_lines() -> Iterator[str]:
+    return (line.rstrip("\r\n") for line in sys.stdin if line.strip())
 
 
 def _row(template: Any, text: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typer.testing import CliRunner
 
 from bitdistill_core.cli import app
 from tests.conftest import ROOT
+from tests.test_docker import write_classifier
 
 COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report", "tables", "cell", "estimate"]
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
+def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -73,3 +74,30 @@ def test_inspect_shows_the_kernels_of_this_processor() -> None:
     code, out, _ = run("inspect", "--cpu")
     assert code == 0
     assert '"scalar"' in out
+
+
+def test_texts_to_classify_may_come_from_stdin(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    words = ["bad", "good"]
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{text} is", "label_words": words})
+    texts = [f"film {i}" for i in range(300)]  # more than are scored at once
+    code, out, error = run("classify", str(model), "first", "-", "last", stdin="\n".join([*texts, "", ""]))
+    assert code == 0, error
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[2] for row in rows] == ["first", *texts, "last"]
+    alone = run("classify", str(model), "film 299")[1]
+    assert alone.rstrip("\n") == out.splitlines()[300]
+    assert {row[0] for row in rows} <= set(words)
+
+
+def test_generate_puts_the_text_into_the_prompt_of_the_task(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    write_classifier(model, {"name": "sum", "kind": "generation", "prompt": "A: {text}\nB:", "label_words": []})
+    options = ["--max-new-tokens", "8", "--temperature", "1"]
+    whole = run("generate", str(model), "A: a film\nB:", *options)
+    assert whole[0] == 0
+    assert run("generate", str(model), "a film", "--task", *options) == whole
+    assert run("generate", str(model), "a film", *options) != whole
+    code, _, error = run("classify", str(model), "a film")
+    assert code == 1
+    assert "this needs a model for classification; got model=" in error
