@@ -25,7 +25,7 @@ def estimate(plan: Plan, *, teraflops: float = 150.0) -> str:
     """A Markdown table of the work of every training stage of a plan.
 
     A weight costs 6 operations a token in training and 2 in a teacher's forward pass. Evaluation, attention and
-    quantisation are left out.
+    quantisation are left out, and so is what `drop_contained` spares, which only the data tells.
 
     Args:
         teraflops: what the machine reaches in training; an H100 in bfloat16 about 150 on models this small.
