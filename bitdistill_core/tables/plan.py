@@ -14,7 +14,10 @@ from pydantic import Field
 
 from bitdistill_core.config import Params, Section, merged, read_yaml, validated
 
-GROUPS = ("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c", "data", "options")
+GROUPS = (
+    *("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c"),  # the paper's
+    *("data", "tasks", "options"),
+)
 NO_SCALE = {"methods", "dvc"}  # files beside those of the scales
 
 

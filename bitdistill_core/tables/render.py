@@ -32,6 +32,7 @@ TITLES = {
     "figure3b": "Figure 3b: the distilled layer",
     "figure3c": "Figure 3c: the size of the teacher",
     "data": "More training sentences",
+    "tasks": "Another task",
     "options": "Options beyond the paper's tables",
 }
 REFERENCES = ("fp16_sft", "bitnet_sft", "bitdistill")  # what every method is compared with
