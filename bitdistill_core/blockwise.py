@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def train_blocks(
     work_dir: Path,
     report: Report,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Literal["float32", "bfloat16"],
     **options: Any,
 ) -> Metrics:
     """Trains the student's blocks in place, gives it the teacher's embeddings, final norm and head, and returns the
@@ -70,7 +70,7 @@ def train_blocks(
     Args:
         student, teacher: of as many blocks and the same width; the teacher on `device`.
         steps: the micro-batches of each optimiser step of an epoch; their hidden states stay in memory.
-        dtype: of the hidden states held.
+        precision: of the forward passes and the hidden states held.
         options: what else `train.fit` takes.
     Raises:
         ValueError: a block diverged.
@@ -81,7 +81,8 @@ def train_blocks(
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         theirs, ours = (Passage.begin(model, [batch.input_ids for batch in flat]) for model in (teacher, student))
         for passage in (theirs, ours):
             passage.hidden = [states.to(dtype) for states in passage.hidden]
@@ -103,6 +104,7 @@ def train_blocks(
                     work_dir=work_dir / f"block-{index}",
                     report=partial(_report_from, index * num_steps, report),
                     device=device,
+                    precision=precision,
                     **options,
                 )
                 _save(block, finished)

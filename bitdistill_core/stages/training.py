@@ -168,12 +168,7 @@ def train_blockwise(
         steps.append(micro_batches)
     options = _options(config, name=f"{name}.blockwise", work_dir=work_dir / "blockwise", report=report, device=device)
     options.update(config.blockwise.model_dump(include={"num_epochs", "learning_rate"}))
-    return train_blocks(student, teacher, steps, dtype=dtype_of(config), **options)
-
-
-def dtype_of(config: TrainSection) -> torch.dtype:
-    """The type a teacher computes in."""
-    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    return train_blocks(student, teacher, steps, **options)
 
 
 def require_window(model: PreTrainedModel, length: int, key: str) -> None:
@@ -253,7 +248,8 @@ def load_teacher(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that teaches: on the device, in the stage's precision, without gradients."""
     teacher, tokenizer = checkpoint.load_model(directory)
-    nn.Module.to(teacher.requires_grad_(False), device, dtype_of(config))
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    nn.Module.to(teacher.requires_grad_(False), device, dtype)
     return teacher, tokenizer
 
 

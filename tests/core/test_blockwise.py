@@ -28,7 +28,6 @@ OPTIONS: dict[str, Any] = {
     "num_epochs": 20,
     "seed": 0,
     "device": torch.device("cpu"),
-    "dtype": torch.float32,
     "learning_rate": 3e-3,
     "schedule": "linear",
     "warmup_ratio": 0.1,
