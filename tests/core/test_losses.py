@@ -69,7 +69,7 @@ def test_logits_kd_follows_eq_8_and_9(variant: str, monkeypatch: pytest.MonkeyPa
         kd_temperature=tau,
         variant=variant,
     )
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["paper", "authors"])
