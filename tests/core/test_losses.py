@@ -126,7 +126,7 @@ def test_accumulating_micro_batches_gives_the_loss_and_gradient_of_the_whole(var
                     s_states, t_states, [(1, 1)], part, num_relation_heads=4, variant=variant
                 )
                 loss.backward()
-                value += float(loss)
+                value += float(loss.detach())
         gradient = student.get_submodule("model.layers.0.mlp.down_proj").weight.grad
         results.append((value, gradient))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
