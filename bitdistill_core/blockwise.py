@@ -81,8 +81,8 @@ def train_blocks(
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    dtype = train.compute_dtype(precision)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         theirs, ours = (Passage.begin(model, [batch.input_ids for batch in flat]) for model in (teacher, student))
         for passage in (theirs, ours):
             passage.hidden = [states.to(dtype) for states in passage.hidden]

@@ -182,6 +182,11 @@ def _require_finite(name: str, step: int, window: dict[str, float], grad_norm: f
         )
 
 
+def compute_dtype(precision: Literal["float32", "bfloat16"]) -> torch.dtype:
+    """The type of a section's `precision`."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def has_checkpoint(work_dir: Path) -> bool:
     """Whether a training that was interrupted in `work_dir` will go on from a checkpoint."""
     return _latest(work_dir) is not None

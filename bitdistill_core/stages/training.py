@@ -248,8 +248,7 @@ def load_teacher(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that teaches: on the device, in the stage's precision, without gradients."""
     teacher, tokenizer = checkpoint.load_model(directory)
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    nn.Module.to(teacher.requires_grad_(False), device, dtype)
+    nn.Module.to(teacher.requires_grad_(False), device, train.compute_dtype(config.precision))
     return teacher, tokenizer
 
 
