@@ -88,11 +88,18 @@ def _files(directory: Path, prefix: str) -> list[Path]:
 
 
 def _iter_files(source: Path, split: str | None) -> Iterator[Mapping[str, Any]]:
-    for path in split_files(source, split):
-        for row in _iter_file(path):
-            # a column `split` counts in a file that stands for the whole data set
-            if split is None or not source.is_file() or row.get("split", split) == split:
-                yield row
+    if split is None or not source.is_file():
+        for path in split_files(source, split):
+            yield from _iter_file(path)
+        return
+    for row in _iter_file(source):
+        if "split" not in row:  # otherwise a model would be tested on the rows that it learned from
+            raise ValueError(
+                f"a single data file needs a column split, which says what each row is for; got path={source} with "
+                f"columns {', '.join(row)}; add it, or give a directory of files SPLIT{ENDINGS[0]}, one for each split"
+            )
+        if row["split"] == split:
+            yield row
 
 
 def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -102,12 +109,23 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
                 for batch in file.iter_batches(1024):
                     yield from batch.to_pylist()
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
+            with path.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError(f"a line must be one JSON object; got line={number} in path={path}")
+                        yield row
         elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as lines:
-                for row in csv.DictReader(lines):
-                    yield {key: int(text) if text and text.lstrip("-").isdigit() else text for key, text in row.items()}
+            with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel writes a byte order mark
+                reader = csv.DictReader(lines)
+                for row in reader:
+                    if None in row or None in row.values():
+                        raise ValueError(
+                            f"a row must have as many values as there are columns; got line={reader.line_num} in "
+                            f"path={path}, columns={', '.join(reader.fieldnames or [])}; quote texts that hold a comma"
+                        )
+                    yield row
         else:
             raise ValueError(f"a data file ends in {_ENDINGS}; got path={path}")
     except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:

@@ -4,7 +4,9 @@ The student, its teacher and every evaluation see the same strings. A task of on
 `data.task: custom` and write the same fields under `data.template`.
 """
 
+import string
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,6 +30,8 @@ class Template(BaseModel):
     def _consistent(self) -> "Template":
         if self.prompt != self.prompt.rstrip():
             raise ValueError(f"a template's prompt must not end in white space; got prompt={self.prompt!r}")
+        if not self._columns:
+            raise ValueError(f"a template's prompt must name a column in braces; got prompt={self.prompt!r}")
         if self.kind == "classification" and len(set(self.label_words)) < 2:
             raise ValueError(f"classification needs at least 2 different label_words; got {self.label_words}")
         if any(word != word.strip() or not word for word in self.label_words):
@@ -39,40 +43,53 @@ class Template(BaseModel):
             )
         return self
 
-    def render_prompt(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row. Raises ValueError for a column that the row lacks."""
+    @cached_property
+    def _columns(self) -> list[str]:
+        """The columns that the prompt names."""
         try:
-            return self.prompt.format_map({key: _one_line(value) for key, value in row.items()})
-        except KeyError as error:
-            raise ValueError(
-                f"the template needs column {error.args[0]}; the columns are {', '.join(row)}; fix data.template"
-            ) from None
+            return [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"a template's braces must pair up; got prompt={self.prompt!r}: {error}") from None
+
+    def render_prompt(self, row: Mapping[str, Any]) -> str:
+        """The prompt of a row. Raises ValueError for a column that the row lacks or leaves empty."""
+        return self.prompt.format_map({name: _one_line(self._value(row, name)) for name in self._columns})
 
     def render_answer(self, row: Mapping[str, Any]) -> str:
-        """The answer of a row, with its leading space. Raises ValueError as `label` does."""
-        if self.kind == "generation":
-            return " " + str(self._answer(row)).strip()
-        return " " + self.label_words[self.label(row)]
+        """The answer of a row, with its leading space. Raises ValueError as `label` does, or for an empty text."""
+        if self.kind == "classification":
+            return " " + self.label_words[self.label(row)]
+        text = str(self._value(row, self.answer_column)).strip()
+        if not text:
+            raise ValueError(f"an answer must not be empty; got {self.answer_column}={text!r}; drop the row")
+        return " " + text
 
     def label(self, row: Mapping[str, Any]) -> int:
         """Which of `label_words` is the answer of a row. Raises ValueError for a label that stands for none."""
-        value = self._answer(row)
+        value = self._value(row, self.answer_column)
         if isinstance(value, str):
             value = value.strip()
-        for known in [self.label_values] if self.label_values else [range(len(self.label_words)), self.label_words]:
-            for index, one in enumerate(known):
+        known = [self.label_values] if self.label_values else [range(len(self.label_words)), self.label_words]
+        for values in known:
+            for index, one in enumerate(values):
                 if value == one and type(value) is type(one):  # in Python True == 1 == 1.0
                     return index
+        for values in known:  # CSV holds nothing but text
+            if value in map(str, values):
+                return [str(one) for one in values].index(value)
         wanted = self.label_values or [*range(len(self.label_words)), *self.label_words]
         raise ValueError(
             f"a label must be one of {', '.join(map(repr, wanted))}; got {self.answer_column}={value!r}; set "
             "label_values in data.template to the data's own labels, one for each of label_words, or drop the row"
         )
 
-    def _answer(self, row: Mapping[str, Any]) -> Any:
-        if self.answer_column not in row:
-            raise ValueError(f"the template needs column {self.answer_column}; the columns are {', '.join(row)}")
-        return row[self.answer_column]
+    def _value(self, row: Mapping[str, Any], column: str) -> Any:
+        if column not in row:
+            raise ValueError(f"the template needs column {column}; the columns are {', '.join(row)}; fix data.template")
+        value = row[column]
+        if value is None or value != value:  # NaN, which is how pandas writes a missing text
+            raise ValueError(f"a row must have a value where the template needs it; got {column}={value}; drop the row")
+        return value
 
 
 def _one_line(value: Any) -> Any:

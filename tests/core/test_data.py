@@ -44,7 +44,7 @@ def test_builtin_templates_render(task: str) -> None:
     assert template.render_answer(row).startswith(" ")
 
 
-@pytest.mark.parametrize("label", [-1, 2, "1", 1.0, None, True])
+@pytest.mark.parametrize("label", [-1, 2, "2", "1.0", 1.0, True])
 def test_a_label_outside_the_template_is_an_error(label: object) -> None:
     with pytest.raises(ValueError, match="a label must be one of 0, 1, 'negative', 'positive'; got label="):
         TEMPLATES["sst2"].render_answer({"sentence": "x", "label": label})
@@ -55,10 +55,26 @@ def test_a_missing_column_is_named() -> None:
         TEMPLATES["sst2"].render_prompt({"text": "x", "label": 0})
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_value_is_no_text(missing: object) -> None:
+    with pytest.raises(ValueError, match=r"a value where the template needs it; got sentence=(None|nan)"):
+        TEMPLATES["sst2"].render_prompt({"sentence": missing, "label": 0})
+    with pytest.raises(ValueError, match=r"got label=(None|nan)"):
+        TEMPLATES["sst2"].render_answer({"sentence": "x", "label": missing})
+    with pytest.raises(ValueError, match=r"got highlights=(None|nan)"):
+        TEMPLATES["cnn_dailymail"].render_answer({"article": "x", "highlights": missing})
+    with pytest.raises(ValueError, match="an answer must not be empty; got highlights=''"):
+        TEMPLATES["cnn_dailymail"].render_answer({"article": "x", "highlights": " "})
+    assert TEMPLATES["sst2"].render_prompt({"sentence": "x", "note": missing}) == "Review: x\nSentiment:"
+
+
 @pytest.mark.parametrize(
     ("values", "labels"),
     [
         ([], [0, 1]),
+        ([], ["0", "1"]),  # from CSV
+        ([-1, 1], ["-1", " 1"]),
+        ([False, True], ["False", "True"]),
         ([], ["no", " yes "]),
         (["spam", "ham"], ["spam", "ham "]),
         ([False, True], [False, True]),
@@ -80,6 +96,20 @@ def test_label_values_must_pair_up_with_label_words(values: list[str]) -> None:
         Template(
             kind="classification", prompt="{a}:", label_words=["no", "yes"], label_values=values, answer_column="label"
         )
+
+
+def test_words_that_are_numbers_count_before_their_places() -> None:
+    template = Template(kind="classification", prompt="{a}:", label_words=["1", "2", "3"], answer_column="stars")
+    assert [template.label({"stars": label}) for label in ("1", "2", "3")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("text\nlabel:", "must name a column in braces"), ("{a:", "braces must pair up"), ("{a} ", "white space")],
+)
+def test_a_prompt_that_shows_no_text_is_refused(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Template(kind="generation", prompt=prompt, answer_column="x")
 
 
 def test_a_template_with_one_label_is_refused() -> None:
@@ -163,12 +193,32 @@ def test_parquet_sources(tmp_path: Path) -> None:
     [
         ("d.jsonl", '{"text": "a, b", "label": 1, "split": "train"}\n\n{"text": "c", "label": 0, "split": "test"}\n'),
         ("d.csv", 'text,label,split\n"a, b",1,train\nc,0,test\n'),
+        ("bom.jsonl", '\ufeff{"text": "a, b", "label": 1, "split": "train"}\n'),
+        ("bom.csv", '\ufefftext,label,split\n"a, b",1,train\n'),
     ],
 )
 def test_one_file_with_a_split_column(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    rows = list(read_rows(tmp_path / name, "train", None))
-    assert rows == [{"text": "a, b", "label": 1, "split": "train"}]
+    (row,) = read_rows(tmp_path / name, "train", None)
+    assert {**row, "label": int(row["label"])} == {"text": "a, b", "label": 1, "split": "train"}
+
+
+def test_one_file_without_a_split_column_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"needs a column split.* with columns text, label; add it, or give a dir"):
+        list(read_rows(tmp_path / "d.jsonl", "test", None))
+
+
+def test_texts_of_a_csv_file_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n007,1\n--5,0\n,1\n")
+    assert [row["text"] for row in read_rows(tmp_path, "train", None)] == ["007", "--5", ""]
+
+
+@pytest.mark.parametrize("line", ["a, with a comma,1", "lonely"])
+def test_a_ragged_csv_file_is_an_error(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.csv").write_text(f"text,label\nfine,1\n{line}\n")
+    with pytest.raises(ValueError, match=r"as many values as there are columns; got line=3 in .*columns=text, label"):
+        list(read_rows(tmp_path, "train", None))
 
 
 def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
@@ -177,6 +227,9 @@ def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.parquet"):
         with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
             list(read_rows(tmp_path / name, "train", None))
+    (tmp_path / "c.jsonl").write_text('{"split": "train"}\n[1]\n')
+    with pytest.raises(ValueError, match="a line must be one JSON object; got line=2"):
+        list(read_rows(tmp_path / "c.jsonl", "train", None))
     with pytest.raises(ValueError, match=r"give a \.parquet, \.jsonl, \.csv file"):
         locate(str(tmp_path / "none.parquet"), None, None)
 
