@@ -117,7 +117,10 @@ def classify(
     ],
     num_threads: Threads = 0,
 ) -> None:
-    """Label texts with a packed classifier: label, probability and text, tab-separated."""
+    """Label texts with a packed classifier: label, probability and text, tab-separated.
+
+    Of a text that does not fit the model's window only the end counts, as in training.
+    """
     with one_line_errors():
         import numpy as np
 
@@ -128,7 +131,8 @@ def classify(
         choices = [" " + word for word in template.label_words]
         lines = (one for text in texts for one in (_stdin_lines() if text == "-" else [text]))
         while group := list(islice(lines, TEXTS_AT_ONCE)):
-            scores = engine.score([template.render_prompt(_row(template, text)) for text in group], choices)
+            prompts = [template.render_prompt(_row(template, text)) for text in group]
+            scores = engine.score(prompts, choices, truncate=True)
             for text, row in zip(group, scores, strict=True):
                 probabilities = np.exp(row - np.logaddexp.reduce(row))
                 best = int(row.argmax())
@@ -167,6 +171,7 @@ def generate(
             top_p=top_p,
             stop=stop,
             seed=seed,
+            truncate=in_task_prompt,
         ):
             print(piece, end="", flush=True)
         print()

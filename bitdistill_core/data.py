@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bitdistill_core.engine.tokenizer import keep_end
 from bitdistill_core.losses import Batch, Totals
 
 
@@ -27,6 +28,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # some tokenizers also append the end
     return ids
+
+
+def num_leading(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Marks that `encode_prompt` puts before a text: 1 (a BOS) or 0."""
+    return int(encode_prompt(tokenizer, "x")[:1] == [tokenizer.bos_token_id])
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ends: bool) -> list[int]:
@@ -57,7 +63,7 @@ def load_examples(
         raise ValueError(f"no examples in path={path}; check data.examples and data.train_split")
     prompts, answers = table["prompt"].to_pylist(), table["answer"].to_pylist()
     unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
-    has_bos = bool(encode_prompt(tokenizer, "x")[:1] == [tokenizer.bos_token_id])
+    leading = num_leading(tokenizer)
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         prompt_ids, answer_ids = encode_prompt(tokenizer, prompt), unique_answers[answer]
@@ -69,10 +75,7 @@ def load_examples(
                 f"max_length={max_length} leaves no room for a prompt beside an answer of {len(answer_ids)} tokens; "
                 "raise max_length"
             )
-        if len(prompt_ids) > room:
-            head = prompt_ids[:1] if has_bos else []
-            prompt_ids = head + prompt_ids[len(prompt_ids) - room + len(head) :]
-        examples.append(Example(prompt_ids, answer_ids))
+        examples.append(Example(keep_end(prompt_ids, room, leading), answer_ids))
     return examples
 
 

@@ -5,7 +5,7 @@ and packed model see the same tokens. lm_eval and datasets are imported inside t
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import losses
-from bitdistill_core.data import Example, collate, encode_answer, encode_prompt
+from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, num_leading
+from bitdistill_core.engine.tokenizer import keep_end
 from bitdistill_core.progress import progress_bar
 
 TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
@@ -72,26 +73,26 @@ class TorchScorer:
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
         """Log-probabilities of answers. Answers that share all but their last token share one forward pass."""
         rows: dict[tuple[int, ...], list[int]] = {}
-        for index, (prompt, answer) in enumerate(requests):
+        for index, (prompt, answer) in enumerate(_cut(requests, self.window, lambda: num_leading(self.tokenizer))):
             rows.setdefault((*prompt, *answer[:-1]), []).append(index)
         ordered = sorted(rows.items(), key=lambda row: len(row[0]))
         for start in range(0, len(ordered), self.batch_size):
             part = ordered[start : start + self.batch_size]
-            batch = collate([Example(list(ids)[-self.window :], []) for ids, _ in part], losses.Totals(1, 1, 1))
+            batch = collate([Example(list(ids), []) for ids, _ in part], losses.Totals(1, 1, 1))
             batch = batch.to(self.device)
             hidden = losses.hidden_states(self.model, batch)
             for row, (ids, indices) in enumerate(part):
-                used = min(len(ids), self.window)
                 for index in indices:
                     answer = requests[index][1]
-                    log_probs = losses.head_logits(self.model, hidden[row, used - len(answer) : used]).float()
+                    at = slice(len(ids) - len(answer), len(ids))
+                    log_probs = losses.head_logits(self.model, hidden[row, at]).float()
                     log_probs = log_probs.log_softmax(-1)
                     yield index, float(log_probs[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
     @torch.inference_mode()
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """The greedy continuation, up to the end-of-text token."""
-        ids = self.encode_prompt(prompt)[-(self.window - max_new_tokens) :]
+        ids = keep_end(self.encode_prompt(prompt), self.window - max_new_tokens + 1, num_leading(self.tokenizer))
         inputs = torch.tensor([ids], device=self.device)
         out = self.model.generate(
             inputs,
@@ -110,10 +111,11 @@ class PackedScorer:
         from bitdistill_core.engine.model import Engine
 
         self.engine = Engine.load(path)
+        self.window = self.engine.config.max_position_embeddings
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids, as in training."""
-        return self.engine.tokenizer.encode(text, add_special_tokens=True)
+        return self.engine.prompt_ids(text)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids, as in training."""
@@ -121,6 +123,7 @@ class PackedScorer:
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
         """Log-probabilities of answers."""
+        requests = _cut(requests, self.window, lambda: self.engine.tokenizer.num_leading)
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (prompt, _) in enumerate(requests):
             contexts.setdefault(tuple(prompt), []).append(index)
@@ -133,7 +136,20 @@ class PackedScorer:
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """The greedy continuation, up to the end-of-text token."""
-        return "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens))
+        return "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens, truncate=True))
+
+
+def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -> Sequence[Request]:
+    """Prompts that do not fit the window beside their answer lose their beginning, as in training.
+
+    Args:
+        leading: marks before a text, which stay.
+    """
+    rooms = [window - len(answer) + 1 for _, answer in requests]
+    if all(len(prompt) <= room for (prompt, _), room in zip(requests, rooms, strict=True)):
+        return requests
+    marks = leading()
+    return [(keep_end(prompt, room, marks), answer) for (prompt, answer), room in zip(requests, rooms, strict=True)]
 
 
 def evaluate_split(

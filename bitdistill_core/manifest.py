@@ -106,18 +106,18 @@ def execute(
         out_dir = work_dir / "out"
         shutil.rmtree(out_dir, ignore_errors=True)
         out_dir.mkdir(parents=True)
-        started = time.time()
-        recorder = _Recorder(work_dir / METRICS_LOG, report)
+        recorder = _Recorder(work_dir, report)
         metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
-        seconds = recorder.seconds_before + time.time() - started
+        ended = time.time()
+        times = {"seconds": recorder.seconds(ended), "started": recorder.starts[0], "ended": ended}
         recorder.copy_to(out_dir / METRICS_LOG)
         (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         outputs = {str(p.relative_to(out_dir)): _digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
-        manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, "seconds": seconds, "started": started}
+        manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, **times}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace_directory(out_dir, directory)
         shutil.rmtree(work_dir, ignore_errors=True)
-    return Result(directory, metrics, was_up_to_date=False, seconds=seconds)
+    return Result(directory, metrics, was_up_to_date=False, seconds=times["seconds"])
 
 
 @contextmanager
@@ -156,27 +156,59 @@ def _full_disk_named(stage: str, work_root: Path) -> Iterator[None]:
 
 
 class _Recorder:
-    """Appends every report to metrics.jsonl in the work directory and passes it on."""
+    """Appends every report to metrics.jsonl in the work directory and passes it on; goes on after an interruption."""
 
-    def __init__(self, path: Path, report: Report) -> None:
-        self.path, self.report = path, report
+    def __init__(self, work_dir: Path, report: Report) -> None:
+        self.path, self.report = work_dir / METRICS_LOG, report
         self.lines: list[dict[str, float]] = []
-        if path.is_file():
-            self.lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        times = [line["time"] for line in self.lines]
-        self.seconds_before = times[-1] - times[0] if times else 0.0
+        self.furthest = -1.0
+        for line in _read_lines(self.path):
+            self._add(line)
+        self.copy_to(self.path)  # without a line that was cut short
+        starts = work_dir / "starts.jsonl"
+        self.starts = [line["time"] for line in _read_lines(starts)] + [time.time()]
+        _write_lines(starts, [{"time": start} for start in self.starts])
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         line = {"step": step, "time": time.time(), **metrics}
-        if self.lines and step <= self.lines[-1]["step"]:  # a resumed run repeats the steps since its checkpoint
-            self.lines = [old for old in self.lines if old["step"] < step or not set(old).intersection(metrics)]
-        self.lines.append(line)
+        self._add(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.report(metrics, step)
 
+    def _add(self, line: dict[str, float]) -> None:
+        """Takes a line; a resumed run repeats the steps since its checkpoint, whose old lines go."""
+        if line["step"] <= self.furthest:
+            names = set(line) - {"step", "time"}
+            self.lines = [old for old in self.lines if old["step"] < line["step"] or not names.intersection(old)]
+        self.lines.append(line)
+        self.furthest = max(self.furthest, line["step"])
+
+    def seconds(self, now: float) -> float:
+        """Spent on the stage: of an interrupted attempt, up to its last report."""
+        ends = [*self.starts[1:], float("inf")]
+        times = [line["time"] for line in self.lines] + [now]
+        spent = (
+            max((t - start for t in times if start <= t < end), default=0.0)
+            for start, end in zip(self.starts, ends, strict=True)
+        )
+        return sum(spent)
+
     def copy_to(self, path: Path) -> None:
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        _write_lines(path, self.lines)
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a JSON lines file that are whole."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, float]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(temporary, path)
 
 
 def _finished(directory: Path, fingerprint: str) -> Result | None:

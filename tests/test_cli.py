@@ -90,6 +90,17 @@ def test_texts_to_classify_may_come_from_stdin(tmp_path: Path) -> None:
     assert {row[0] for row in rows} <= set(words)
 
 
+def test_of_a_text_longer_than_the_window_the_end_is_classified(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    words = ["bad", "good"]
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{text} is", "label_words": words})
+    long, other = (start + " " + "film " * 1000 + "ends" for start in ("good", "poor"))
+    code, out, error = run("classify", str(model), long, other)
+    assert code == 0, error
+    first, second = (line.split("\t")[:2] for line in out.splitlines())
+    assert first == second
+
+
 def test_generate_puts_the_text_into_the_prompt_of_the_task(tmp_path: Path) -> None:
     model = tmp_path / "model.bitdistill"
     write_classifier(model, {"name": "sum", "kind": "generation", "prompt": "A: {text}\nB:", "label_words": []})

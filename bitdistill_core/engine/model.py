@@ -19,7 +19,7 @@ from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
 from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
 from bitdistill_core.engine.tensors import TOKENIZER
-from bitdistill_core.engine.tokenizer import EngineTokenizer, until_stop
+from bitdistill_core.engine.tokenizer import EngineTokenizer, keep_end, until_stop
 from bitdistill_core.packing import PackedModel, read_packed
 
 Ids = NDArray[np.int32]
@@ -56,6 +56,16 @@ class Engine:
         threads, chosen = resolve_num_threads(num_threads), resolve_kernel(kernel)
         return cls(read_packed(Path(path)), kernel=chosen, num_threads=threads, kv_dtype=kv_dtype)
 
+    def prompt_ids(self, prompt: str, *, room: int | None = None) -> list[int]:
+        """Token ids of a prompt: the tokenizer's leading marks, no end of text; with `room` at most that many.
+
+        A prompt that is too long loses tokens after its leading marks, as in training.
+        """
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        if len(ids) > 1 and ids[-1] in self.config.eos_token_ids:
+            ids = ids[:-1]  # some tokenizers also append the end
+        return ids if room is None else keep_end(ids, room, self.tokenizer.num_leading)
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(T, V) logits after each token of `ids`."""
         tokens = self._checked(ids, "ids")
@@ -64,18 +74,21 @@ class Engine:
             [self._decoder.logits(hidden[row : row + LOGIT_ROWS]) for row in range(0, len(hidden), LOGIT_ROWS)]
         )
 
-    def score(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float64]:
+    def score(self, prompts: Sequence[str], labels: Sequence[str], *, truncate: bool = False) -> NDArray[np.float64]:
         """(B, num_labels) log-probability of each label after each prompt, among the labels: rows sum to 1 as exp.
 
         A label's probability is the product over its tokens. Prompts are encoded with the tokenizer's special tokens,
-        labels without. Where every label is one token, no other row of the vocabulary is computed.
+        labels without. Where every label is one token, no other row of the vocabulary is computed. A prompt that does
+        not fit the window is an error; with `truncate` it loses its beginning (`prompt_ids`).
         """
         if not prompts or not labels:
             raise ValueError(
                 f"scoring needs a prompt and a label; got num_prompts={len(prompts)} num_labels={len(labels)}"
             )
         label_ids = [self.tokenizer.encode(label) for label in labels]
-        prompt_ids = [self.tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts]
+        longest = max(len(ids) for ids in label_ids)
+        room = self.config.max_position_embeddings - longest + 1 if truncate else None
+        prompt_ids = [self.prompt_ids(prompt, room=room) for prompt in prompts]
         if all(len(ids) == 1 for ids in label_ids):
             return log_softmax(self.score_tokens(prompt_ids, [ids[0] for ids in label_ids]))
         pairs = [(prompt, label) for prompt in prompt_ids for label in label_ids]
@@ -166,11 +179,16 @@ class Engine:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        truncate: bool = False,
     ) -> Iterator[str]:
-        """Text after `prompt` in pieces, as it is computed; ends at end-of-text or before a string of `stop`."""
+        """Text after `prompt` in pieces, as it is computed; ends at end-of-text or before a string of `stop`.
+
+        A prompt that does not fit the window beside the new text is an error; with `truncate` it loses its beginning.
+        """
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"stop must be a list of strings that are not empty; got stop={stop!r}")
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        room = self.config.max_position_embeddings - max_new_tokens + 1 if truncate else None
+        ids = self.prompt_ids(prompt, room=room)
         new_ids = self.generate_ids(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return until_stop(self.tokenizer.stream(ids, new_ids), stop)
 

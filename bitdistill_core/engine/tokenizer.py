@@ -1,6 +1,7 @@
 """The packed model's own tokenizer, and text streamed from token ids."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -21,6 +22,11 @@ class EngineTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; `add_special_tokens` puts the model's own marks (often a BOS) around them."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @cached_property
+    def num_leading(self) -> int:
+        """Marks that `encode` with special tokens puts before a text: 1 (a BOS) or 0."""
+        return int(self.encode("x", add_special_tokens=True)[:1] != self.encode("x")[:1])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -50,6 +56,22 @@ class EngineTokenizer:
         text = self.decode(window)
         if len(text) > len(emitted):
             yield text[len(emitted) :]
+
+
+def keep_end(ids: Sequence[int], room: int, num_leading: int) -> list[int]:
+    """At most `room` of a prompt's token ids: its leading marks and its end.
+
+    Raises:
+        ValueError: no room for a token of the text.
+    """
+    if room <= num_leading:
+        raise ValueError(
+            f"a prompt needs room beside its answer; got room={room} tokens, of which "
+            f"{num_leading} for its leading mark; ask for fewer new tokens or a shorter answer"
+        )
+    if len(ids) <= room:
+        return list(ids)
+    return [*ids[:num_leading], *ids[len(ids) - room + num_leading :]]
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

@@ -311,6 +311,21 @@ def test_streamed_pieces_add_up_to_the_decoded_text(qwen3: tuple[Engine, nn.Modu
     assert "".join(pieces) == engine.tokenizer.decode(ids + new_ids)[len(prompt) :]
 
 
+def test_a_prompt_beyond_the_window_may_lose_its_beginning(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    window = engine.config.max_position_embeddings
+    prompt, labels = "".join(chr(97 + i % 26) for i in range(2 * window)), [" yes", "?"]
+    end = prompt[len(prompt) - (window - 4) :]  # beside the mark and three fed tokens of the longest label
+    np.testing.assert_array_equal(engine.score([prompt], labels, truncate=True), engine.score([end], labels))
+    np.testing.assert_array_equal(engine.score(["ab"], labels, truncate=True), engine.score(["ab"], labels))
+    assert list(engine.generate(prompt, 4, truncate=True)) == list(engine.generate(prompt[-(window - 4) :], 4))
+    assert engine.prompt_ids(prompt, room=5) == [BOS, *engine.tokenizer.encode(prompt[-4:])]
+    with pytest.raises(ValueError, match="must fit max_position_embeddings"):
+        engine.score([prompt], labels)
+    with pytest.raises(ValueError, match="a prompt needs room beside its answer; got room=1 tokens, of which 1"):
+        engine.prompt_ids(prompt, room=1)
+
+
 def test_characters_of_several_tokens_are_streamed_whole() -> None:
     tokenizer = EngineTokenizer(tokenizer_json())
     text = "na\u00efve \U0001f600 \u4e2d\u6587"

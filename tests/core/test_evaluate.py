@@ -9,8 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bitdistill_core.evaluate import Request, Scorer, TorchScorer, evaluate_split, score_examples, wilson_interval
+from bitdistill_core.checkpoint import load_model
+from bitdistill_core.evaluate import (
+    PackedScorer,
+    Request,
+    Scorer,
+    TorchScorer,
+    evaluate_split,
+    score_examples,
+    wilson_interval,
+)
 from bitdistill_core.stages.base import train_tokenizer
+from bitdistill_core.stages.pack import PACKED
 from tests.core.conftest import build
 from tests.core.test_data import corpus  # noqa: F401  (a fixture)
 
@@ -163,6 +173,28 @@ def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa:
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert scorer.generate("the cat", 3) == tokenizer.decode(ids[-3:], skip_special_tokens=True)
+
+
+def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finished_run: Path) -> None:
+    model, tokenizer = load_model(finished_run / "distill")
+    scorers: list[Any] = [
+        TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu")),
+        PackedScorer(finished_run / "pack" / "bitdistill" / PACKED),
+    ]
+    window = model.config.max_position_embeddings
+    text = "a film that never ends and " * window
+    short = TorchScorer.encode_prompt(scorers[0], text)[-(window - 1) :]
+    for scorer in scorers:
+        prompt = scorer.encode_prompt(text)
+        assert len(prompt) > window
+        answers = [scorer.encode_answer(" good"), [*scorer.encode_answer(" bad"), 5]]
+        scores = dict(scorer.score([(prompt, answer) for answer in answers]))
+        room = [window - len(answer) + 1 for answer in answers]
+        cut = dict(scorer.score([(short[-n:], answer) for n, answer in zip(room, answers, strict=True)]))
+        assert scores == pytest.approx(cut, abs=1e-6)
+        scorer.generate(text, 3)
+    with pytest.raises(ValueError, match="a prompt needs room beside its answer"):
+        scorers[0].generate(text, window + 2)
 
 
 def test_wilson_interval_against_a_published_example() -> None:

@@ -132,6 +132,48 @@ def test_an_interrupted_stage_finds_its_work_again(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1]  # the repeated step replaced the old line
 
 
+def test_reports_and_times_of_a_stage_interrupted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("bitdistill_core.manifest.time.time", lambda: clock[0])
+
+    def attempt(begin: int, end: int, *, cut_short: bool) -> Result:
+        """Reports a loss each 10 steps, 1 s apart, and another figure just behind the checkpoint it begins at."""
+
+        def stage(config: Config, inputs: object, *, out_dir: Path, work_dir: Path, report: Report) -> Metrics:
+            for step in range(begin + 1, end + 1):
+                if step == begin + 1 and begin:
+                    report({"norm": begin}, step)
+                if step % 10 == 0:
+                    clock[0] += 1
+                    report({"loss": begin + step / 1000}, step)
+            if cut_short:
+                with (work_dir / "metrics.jsonl").open("a") as file:
+                    file.write('{"step": 99')
+                raise ValueError("interrupted")
+            return {}
+
+        return execute(
+            "stage", stage, Config(value=1), NoInputs(), directory=tmp_path / "out", work_root=tmp_path / "work"
+        )
+
+    for begin, end in ((0, 60), (20, 50)):
+        with pytest.raises(ValueError, match="interrupted"):
+            attempt(begin, end, cut_short=True)
+        clock[0] += 500  # idle
+    result = attempt(40, 80, cut_short=False)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert losses == [
+        (s, b + s / 1000) for b, steps in ((0, (10, 20)), (20, (30, 40)), (40, range(50, 90, 10))) for s in steps
+    ]
+    assert [line["step"] for line in lines if "norm" in line] == [21, 41]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["started"] == 1000
+    assert manifest["ended"] == clock[0] == 1000 + 6 + 500 + 3 + 500 + 4
+    # of attempts 1 and 2 the reports that still count: up to step 20, and up to step 40
+    assert result.seconds == manifest["seconds"] == 2 + 2 + 4
+
+
 def test_work_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
     stage = Stage()
     stage.error = KeyboardInterrupt()
