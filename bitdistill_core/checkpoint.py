@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.surgery import operate, require_supported
@@ -40,6 +47,18 @@ def surgery_record(config: Any) -> dict[str, Any] | None:
     """The `bitdistill` entry of a model's config, what `surgery.operate` takes; None for a dense model."""
     record = getattr(config, "bitdistill", None)
     return dict(record) if record is not None else None
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The config of the model that `save_model` wrote."""
+    config: PretrainedConfig = _load_config(str(directory))
+    return config
+
+
+def saved_quantizer(directory: Path) -> WeightQuantizer:
+    """How the weights of a student's checkpoint become codes."""
+    record = json.loads((directory / "config.json").read_text()).get("bitdistill") or {}
+    return WeightQuantizer(**record.get("quantizer", {}))
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,8 +111,10 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if not path.is_file():
             raise ValueError(f"no GGUF file at base.checkpoint={checkpoint}")
         source, checkpoint = {"gguf_file": path.name}, str(path.parent)
-    elif path is not None and not (path / "config.json").is_file():
-        raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
+    elif path is not None:
+        if not (path / "config.json").is_file():
+            raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
+        checkpoint = str(path)
     require_supported(_load_config(checkpoint, **source))
     options: dict[str, Any] = {}
     if source:

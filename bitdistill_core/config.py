@@ -94,6 +94,19 @@ class BlocksSection(TrainSection):
     num_tokens: int = Field(ge=0)  # 0: skip
     block_size: int = Field(gt=1)
 
+    def require_step(self, num_tokens: int, key: str) -> None:
+        """Raises ValueError when `num_tokens` make no optimiser step."""
+        if 0 < num_tokens < self.block_size * self.batch_size:
+            raise ValueError(
+                f"{key} must be 0 or at least one step's tokens, block_size * batch_size = "
+                f"{self.block_size * self.batch_size}; got {key}={num_tokens}"
+            )
+
+    @model_validator(mode="after")
+    def _tokens_make_a_step(self) -> "BlocksSection":
+        self.require_step(self.num_tokens, "num_tokens")
+        return self
+
 
 class TaskSection(TrainSection):
     """Training on the task's examples."""
@@ -130,7 +143,6 @@ class SurgeryConfig(Section):
     subln: Literal["none", "output", "all"]
     subln_gain: Literal["one", "preserve"]  # preserve: the gain that changes the layer's input least
     sub_norm_eps: float = Field(gt=0)
-    skip_modules: list[str]  # names below `model.` that stay full precision
     weight_grid: Literal["ternary", "binary"]
     weight_granularity: Literal["tensor", "row", "block"]  # the weights that share a scale
     weight_block_size: int = Field(ge=16, multiple_of=16)  # of a row; for granularity block
@@ -193,6 +205,12 @@ class PretrainConfig(BlocksSection, StudentTraining):
     def has_taught_loss(self) -> bool:
         """Whether the loss over the whole student has a teacher."""
         return bool(self.logits_kd_weight or self.hidden_kd_weight)
+
+    @model_validator(mode="after")
+    def _blockwise_makes_a_step(self) -> "PretrainConfig":
+        if self.blockwise.num_epochs:
+            self.require_step(self.blockwise.num_tokens, "blockwise.num_tokens")
+        return self
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "PretrainConfig":
@@ -258,7 +276,7 @@ class DistillConfig(TaskSection, StudentTraining):
 class PackConfig(Section):
     """params.yaml section `pack`."""
 
-    verify_examples: int = Field(ge=1)  # prompts on which the packed model must repeat the student's prediction
+    verify_examples: int = Field(ge=1)  # prompts on which the packed model's logits must be the student's
     encoding: Literal["2bit", "base3"]  # of the ternary codes in the file: four or five a byte
 
 
@@ -273,7 +291,7 @@ class BenchmarkConfig(Section):
     """params.yaml section `benchmark`."""
 
     prompt_tokens: int = Field(gt=0)
-    new_tokens: int = Field(gt=0)
+    new_tokens: int = Field(ge=2)  # decoding is timed from the first to the last
     num_rounds: int = Field(gt=0)
     warmup_rounds: int = Field(ge=0)
 

@@ -41,7 +41,7 @@ def tokenize_corpus(directory: Path, tokenizer: PreTrainedTokenizerBase, *, max_
             for texts in iter_texts(directory):
                 ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in (*one, end)]
                 ids = ids[: max_tokens - written]
-                np.asarray(ids, dtype=np.uint32).tofile(file)
+                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
                 written += len(ids)
                 bar.update(len(ids))
                 if written >= max_tokens:

@@ -61,7 +61,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"unreadable manifest path={path}; delete {directory} and run the stage again") from None
     for name, digest in outputs.items():
         file = directory / name
-        if not file.is_file() or _digest_file(file) != digest:
+        if not file.is_file() or digest_file(file) != digest:
             state = "changed" if file.is_file() else "missing"
             raise ValueError(f"{state} file path={file} since its stage finished; delete {directory} and run it again")
     return manifest
@@ -95,7 +95,7 @@ def execute(
         "config": config.model_dump(mode="json"),
         "inputs": digests,
         "version": __version__,
-        "sources": [[path.name, _digest_file(path)] for path in sources],
+        "sources": [[path.name, digest_file(path)] for path in sources],
     }
     fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
     with _locked(work_root), _full_disk_named(stage, work_root):
@@ -112,7 +112,7 @@ def execute(
         times = {"seconds": recorder.seconds(ended), "started": recorder.starts[0], "ended": ended}
         recorder.copy_to(out_dir / METRICS_LOG)
         (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
-        outputs = {str(p.relative_to(out_dir)): _digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
+        outputs = {str(p.relative_to(out_dir)): digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
         manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, **times}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace_directory(out_dir, directory)
@@ -255,6 +255,7 @@ def _digest_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

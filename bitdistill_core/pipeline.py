@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from bitdistill_core import checkpoint
 from bitdistill_core.config import Params
 from bitdistill_core.manifest import Report, Result, discard, execute
 from bitdistill_core.runtime import prepare_runtime
@@ -24,6 +25,7 @@ from bitdistill_core.stages import (
     surgery,
     teacher,
 )
+from bitdistill_core.stages.training import require_window
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
     # only stages that read files from outside the run say which
     sources = node.stage.sources(config) if hasattr(node.stage, "sources") else ()
     device = prepare_runtime(params.runtime)
-    return execute(
+    result = execute(
         node.name,
         node.stage.run,
         config,
@@ -115,3 +117,23 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         report=report,
         device=device,
     )
+    if node.stage is base:
+        require_fit(params, result.directory)
+    return result
+
+
+def require_fit(params: Params, base_dir: Path) -> None:
+    """Raises ValueError for lengths, layers or heads that the base model does not have, before anything is trained."""
+    model = checkpoint.read_config(base_dir)
+    lengths = {
+        "teacher.max_length": params.teacher.max_length,
+        "distill.max_length": params.distill.max_length,
+        "bitnet_sft.max_length": params.bitnet_sft.max_length,
+        "benchmark.prompt_tokens + new_tokens": params.benchmark.prompt_tokens + params.benchmark.new_tokens,
+    }
+    if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
+        lengths["pretrain.block_size"] = params.pretrain.block_size
+    for key, length in lengths.items():
+        require_window(model, length, key)
+    if params.distill.attention_kd_weight:
+        distill.layer_pairs(params.distill, model, model)

@@ -72,7 +72,7 @@ def operate(
     unknown = [name for name in skip_modules if name not in linears]
     if unknown:
         raise ValueError(
-            f"surgery.skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}"
+            f"skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}"
         )
     changes = []
     for name, linear in linears.items():
@@ -90,7 +90,7 @@ def operate(
     if not changes:
         raise ValueError(
             f"surgery changed no module of this {model.config.model_type} model: no linear layer is left in its "
-            "decoder; it may be a student already, or surgery.skip_modules names everything"
+            "decoder; it may be a student already, or skip_modules names everything"
         )
     model.config.bitdistill = {
         "subln": subln,

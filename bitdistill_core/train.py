@@ -116,6 +116,8 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             window_steps += 1
             is_last = step + 1 == num_steps
+            if (step + 1) % checkpoint_every == 0 and not is_last:  # before a report, which may end the process
+                _save(work_dir, step + 1, model, optimizer, balance)
             if (step + 1) % report_every == 0 or is_last:
                 now = time.perf_counter()
                 metrics = {f"{name}/{part}": value / window_steps for part, value in window.items()}
@@ -128,8 +130,6 @@ def fit(
             if part_norms:
                 report({f"{name}/grad_norm_{part}": value for part, value in part_norms.items()}, step + 1)
             bar.update()
-            if (step + 1) % checkpoint_every == 0 and not is_last:
-                _save(work_dir, step + 1, model, optimizer, balance)
     model.eval()
     return metrics
 

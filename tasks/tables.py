@@ -78,7 +78,7 @@ class TablesCopy:
         """Sends the results of finished cells that MLflow lacks."""
         for cell in cells:
             if cell not in self._known and not self.is_off:
-                result = read_result(self.results, cell, chain(self.plan, cell))
+                result = read_result(self.plan, cell, self.results)
                 if result is not None:
                     self.send(cell, result)
 

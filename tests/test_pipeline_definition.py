@@ -136,7 +136,7 @@ def test_dvc_knows_every_file_that_rendering_writes(
     for other in plan.cells():
         path = result_path(results, other)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**result, "recipe": chain(plan, other).recipe}))
+        path.write_text(json.dumps({**result, "sources": {}, "recipe": chain(plan, other).recipe}))
     assert render(plan, results, ROOT / "tables/paper.csv") == []
     assert sorted(path.name for path in results.iterdir() if path.is_file()) == make_dvc["outputs"](plan)
 

@@ -253,7 +253,7 @@ def _surgery(hf_config: dict[str, Any]) -> tuple[str, float]:
     if surgery.get("skip_modules"):
         raise ValueError(
             "the packed format holds every linear layer of the decoder as ternary; got "
-            f"skip_modules={surgery['skip_modules']}; pack a student made with surgery.skip_modules=[]"
+            f"skip_modules={surgery['skip_modules']}; pack a student made without"
         )
     return surgery["subln"], float(surgery["sub_norm_eps"])
 

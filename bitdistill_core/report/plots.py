@@ -156,23 +156,24 @@ def grad_norm_figure(canvas: Canvas, norms: Mapping[str, Curve]) -> Figure:
 
 
 def weights_figure(canvas: Canvas, summaries: Mapping[str, WeightSummary]) -> Figure:
-    """Histogram of weight / weight_scale with the ternary thresholds (BitDistill figure 2)."""
+    """Histogram of weight / absmean with the thresholds of the codes (BitDistill figure 2)."""
     edges = [-RANGE + 2 * RANGE * index / NUM_BINS for index in range(NUM_BINS + 1)]
     with canvas.panel("weights", height=3.1) as (axes, out):
         for (label, summary), colour in zip(summaries.items(), (ORANGE, BLUE, GREEN), strict=False):
             axes.stairs(summary.density, edges, color=colour, linewidth=1.5, label=label)
-        for threshold in (-0.5, 0.5):
-            axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
+        threshold = next(iter(summaries.values())).threshold
+        for place in {-threshold, threshold}:
+            axes.axvline(place, color=INK, linestyle="--", linewidth=1)
         axes.set_xlim(-RANGE, RANGE)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("weight / weight_scale")
+        axes.set_xlabel("weight / absmean")
         axes.set_ylabel("density")
         axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=1 if len(summaries) > 2 else 2)
     return Figure(
         "weights",
         out["svg"],
         "Histogram of latent weights relative to their scale, before and after training, with the thresholds.",
-        "Latent weights of every BitLinear, each tensor divided by its absmean. Dashed: where a code changes.",
+        "Latent weights of every BitLinear over the absmean of those that share a scale. Dashed: where a code changes.",
     )
 
 

@@ -7,25 +7,36 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
+from bitdistill_core.quantize.weight import (
+    TWN_THRESHOLD,
+    WeightQuantizer,
+    over_groups,
+    quantize_weight,
+    spread,
+    weight_scale,
+)
 
-RANGE = 3.0  # the histogram covers weight / weight_scale from -RANGE to RANGE
+RANGE = 3.0  # the histogram covers weight / absmean from -RANGE to RANGE
 NUM_BINS = 120  # so that the thresholds +-0.5 are bin edges
-NEAR = 0.05  # "near a threshold", in units of weight_scale
+NEAR = 0.05  # "near a threshold", in units of the absmean
 
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """The latent weights of every BitLinear of a checkpoint, each tensor divided by its weight_scale."""
+    """The latent weights of every BitLinear of a checkpoint, divided by the absmean of those that share a scale.
+
+    Binary weights are those minus their mean first.
+    """
 
     num_weights: int
     density: list[float]  # NUM_BINS values; the area below the curve is the share inside the range
     code_shares: tuple[float, float, float]  # of -1, 0, 1
     near_share: float  # within NEAR of a threshold
+    threshold: float  # codes change at plus and minus this
 
 
-def summarize(weights: Path, modules: Sequence[str]) -> WeightSummary:
-    """The summary of `modules`' weights in a safetensors file.
+def summarize(weights: Path, modules: Sequence[str], quantizer: WeightQuantizer) -> WeightSummary:
+    """The summary of `modules`' weights in a safetensors file, as `quantizer` makes codes of them.
 
     Raises:
         ValueError: an unreadable file or one that lacks a module's weight.
@@ -33,6 +44,8 @@ def summarize(weights: Path, modules: Sequence[str]) -> WeightSummary:
     histogram = torch.zeros(NUM_BINS, dtype=torch.float64)
     codes = torch.zeros(3, dtype=torch.float64)
     num_weights, num_near = 0, 0
+    is_binary = quantizer.grid == "binary"
+    threshold = 0.0 if is_binary else 0.5 if quantizer.scale_rule == "absmean" else TWN_THRESHOLD
     try:
         with safe_open(weights, framework="pt") as file:
             missing = [module for module in modules if f"{module}.weight" not in set(file.keys())]
@@ -43,14 +56,19 @@ def summarize(weights: Path, modules: Sequence[str]) -> WeightSummary:
                 )
             for module in modules:
                 weight = file.get_tensor(f"{module}.weight").float()
-                w_ternary, weight_scale = quantize_weight(weight, WeightQuantizer())
-                relative = weight.div_(weight_scale)
+                found, _ = quantize_weight(weight, quantizer)
+                width = weight.shape[1]
+                absmean = spread(weight_scale(weight, quantizer), width)
+                if is_binary:
+                    weight -= spread(over_groups(weight, quantizer, torch.mean), width)
+                relative = weight.div_(absmean)
                 histogram += torch.histc(relative, NUM_BINS, -RANGE, RANGE).double()
-                codes += torch.bincount(w_ternary.flatten().to(torch.int64) + 1, minlength=3).double()
-                num_near += int(((relative.abs() - 0.5).abs() <= NEAR).sum())
+                codes += torch.bincount(found.flatten().to(torch.int64) + 1, minlength=3).double()
+                num_near += int(((relative.abs() - threshold).abs() <= NEAR).sum())
                 num_weights += relative.numel()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"unreadable weights path={weights}: {error}; run that stage again") from None
     shares = [float(share) for share in codes / num_weights]
     density = histogram / (num_weights * 2 * RANGE / NUM_BINS)
-    return WeightSummary(num_weights, density.tolist(), (shares[0], shares[1], shares[2]), num_near / num_weights)
+    near_share = num_near / num_weights
+    return WeightSummary(num_weights, density.tolist(), (shares[0], shares[1], shares[2]), near_share, threshold)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from bitdistill_core.checkpoint import WEIGHTS, saved_quantizer
 from bitdistill_core.report.curves import write_losses
 from bitdistill_core.report.gather import Run, read_run
 from bitdistill_core.report.markdown import render_markdown
@@ -47,4 +48,5 @@ def _summaries(run: Run, directories: Mapping[str, Path]) -> dict[str, WeightSum
     if not run.is_pretrained:
         labels = {"surgery": "before distillation", "distill": "after distillation"}
     modules = [change["module"] for change in run.surgery]
-    return {label: summarize(directories[stage] / "model.safetensors", modules) for stage, label in labels.items()}
+    paths = {label: directories[stage] for stage, label in labels.items()}
+    return {label: summarize(path / WEIGHTS, modules, saved_quantizer(path)) for label, path in paths.items()}

@@ -5,14 +5,14 @@ the blocks' outputs. The teacher runs live, without gradient; where every weight
 of the result are rounded to the INT8 grid of the packed file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bitdistill_core import checkpoint, losses
 from bitdistill_core.config import DistillConfig
@@ -95,9 +95,7 @@ def _attention_kd(
     config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack
 ) -> Callable[[losses.Batch], Tensor]:
     """The weighted term of Eq. 10-12; states of both models are captured until `stack` closes."""
-    pairs = layer_pairs(config.distill_layers, config.teacher_layers, student, teacher)
-    for model in (student, teacher):
-        _require_heads(model, config.num_relation_heads)
+    pairs = layer_pairs(config, student.config, teacher.config)
     student_states = stack.enter_context(captured(student, [s for s, _ in pairs]))
     teacher_states = stack.enter_context(captured(teacher, [t for _, t in pairs]))
 
@@ -114,32 +112,29 @@ def _attention_kd(
     return attention_kd
 
 
-def layer_pairs(
-    student_layers: Sequence[int], teacher_layers: Sequence[int], student: PreTrainedModel, teacher: PreTrainedModel
-) -> list[tuple[int, int]]:
-    """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model; none: all."""
+def layer_pairs(config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> list[tuple[int, int]]:
+    """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model; none: all.
 
-    def resolve(layer: int, model: PreTrainedModel, key: str) -> int:
-        depth = int(model.config.num_hidden_layers)
+    Raises:
+        ValueError: a layer that a model does not have, or relation heads that do not divide its width.
+    """
+
+    def resolve(layer: int, model: PretrainedConfig, key: str) -> int:
+        depth = int(model.num_hidden_layers)
         if not -depth <= layer < depth:
             raise ValueError(f"{key} must name layers of a model with num_layers={depth}; got {layer}")
         return layer % depth
 
-    if not student_layers:
-        student_layers = range(int(student.config.num_hidden_layers))
-    chosen = list(teacher_layers) or list(student_layers)
+    for model in (student, teacher):
+        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        for name, heads in (("query", model.num_attention_heads), ("key", model.num_key_value_heads)):
+            if heads * head_dim % config.num_relation_heads:
+                raise ValueError(
+                    f"distill.num_relation_heads must divide the {name} width of teacher and student; got "
+                    f"width={heads * head_dim}, num_relation_heads={config.num_relation_heads}"
+                )
+    layers = config.distill_layers or range(int(student.num_hidden_layers))
     return [
         (resolve(s, student, "distill.distill_layers"), resolve(t, teacher, "distill.teacher_layers"))
-        for s, t in zip(student_layers, chosen, strict=True)
+        for s, t in zip(layers, config.teacher_layers or layers, strict=True)
     ]
-
-
-def _require_heads(model: PreTrainedModel, num_relation_heads: int) -> None:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name, heads in (("query", config.num_attention_heads), ("key", config.num_key_value_heads)):
-        if heads * head_dim % num_relation_heads:
-            raise ValueError(
-                f"distill.num_relation_heads must divide the {name} width of teacher and student; got "
-                f"width={heads * head_dim}, num_relation_heads={num_relation_heads}"
-            )

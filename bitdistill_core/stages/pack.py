@@ -1,6 +1,6 @@
 """Stage `pack`: a student's latent weights as ternary codes, in one file that the CPU engine maps into memory.
 
-Writes model.bitdistill and verifies it: the packed model must repeat the student's prediction.
+Writes model.bitdistill and verifies it: the packed model's logits must be the student's, within float error.
 """
 
 from collections.abc import Sequence
@@ -116,9 +116,7 @@ def pack_model(
     if record is None:
         raise ValueError("packing needs a student; this checkpoint had no surgery; run the surgery stage first")
     if record["skip_modules"]:
-        raise ValueError(
-            f"the packed file holds ternary layers only; got surgery.skip_modules={record['skip_modules']}"
-        )
+        raise ValueError(f"the packed file holds ternary layers only; got skip_modules={record['skip_modules']}")
     linears = {name: _ternary(name, m) for name, m in student.named_modules() if isinstance(m, BitLinear)}
     embeddings = {"model.embed_tokens": _int8(student.get_input_embeddings())}
     if not student.config.tie_word_embeddings:

@@ -43,7 +43,7 @@ def run(
                     f"task_loss_weight={config.task_loss_weight} without any; set it to 1.0"
                 )
             if blockwise_steps:
-                training.require_window(student, config.block_size, "pretrain.block_size")
+                training.require_window(student.config, config.block_size, "pretrain.block_size")
                 metrics = training.train_blockwise(
                     student,
                     teacher,

@@ -36,7 +36,7 @@ def run(
 ) -> Metrics:
     """Writes a student checkpoint and surgery.json, the list of every module changed."""
     model, tokenizer = checkpoint.load_model(inputs.model)
-    record = config.model_dump(include={"subln", "sub_norm_eps", "skip_modules"})
+    record = config.model_dump(include={"subln", "sub_norm_eps"})
     changes = operate(model, **record, quantizer=weight_quantizer(config))
     metrics = {
         "surgery/num_bit_linears": float(len(changes)),
@@ -70,7 +70,7 @@ def _calibrate(
     out_dir: Path,
     device: torch.device,
 ) -> Metrics:
-    require_window(model, config.calibration_length, "surgery.calibration_length")
+    require_window(model.config, config.calibration_length, "surgery.calibration_length")
     is_corpus = config.calibration == "corpus"
     input_ids = sample_sequences(
         data / "corpus" if is_corpus else examples_path(data, "train"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
@@ -40,7 +40,7 @@ def train_on_corpus(
     on_step: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Trains `model` in place on packed blocks of the corpus; `loss_fn` None is cross-entropy (BitDistill Eq. 7)."""
-    require_window(model, config.block_size, f"{name}.block_size")
+    require_window(model.config, config.block_size, f"{name}.block_size")
     num_steps = corpus_steps(config, config.num_tokens)
     if num_steps == 0:
         return {}
@@ -171,9 +171,9 @@ def train_blockwise(
     return train_blocks(student, teacher, steps, **options)
 
 
-def require_window(model: PreTrainedModel, length: int, key: str) -> None:
-    """Raises ValueError when sequences of `length` tokens exceed the model's window."""
-    window = int(model.config.max_position_embeddings)
+def require_window(config: PretrainedConfig, length: int, key: str) -> None:
+    """Raises ValueError when sequences of `length` tokens exceed the window of a model of that config."""
+    window = int(config.max_position_embeddings)
     if length > window:
         raise ValueError(f"sequences must fit the model's window; got {key}={length}, window={window}; lower {key}")
 

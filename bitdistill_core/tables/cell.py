@@ -2,7 +2,8 @@
 
 Stages lie in a store, STORE/STAGE/RECIPE, where cells find each other's work: the recipe is a digest of the stage's
 parameters and of everything before it, without what is only the machine's (device, threads, where data lie). A result
-is finished when its file names the recipe that the plan asks for; checkpoints may be gone by then.
+is finished when its file names the recipe that the plan asks for, and the local files that it was made from, where they
+are found, have not changed; checkpoints may be gone by then.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +24,7 @@ from pydantic import BaseModel
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
-from bitdistill_core.manifest import METRICS_LOG, Report, discard, execute
+from bitdistill_core.manifest import METRICS_LOG, Report, digest_file, discard, execute
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
@@ -111,8 +114,8 @@ def result_path(results: Path, cell: Cell) -> Path:
     return results / "cells" / cell.path
 
 
-def read_result(results: Path, cell: Cell, last: Step) -> dict[str, Any] | None:
-    """The finished result of a cell; None where there is none, or one of other parameters."""
+def read_result(plan: Plan, cell: Cell, results: Path, *, data_root: str | None = None) -> dict[str, Any] | None:
+    """The finished result of a cell; None where there is none, or one of other parameters or data."""
     path = result_path(results, cell)
     if not path.is_file():
         return None
@@ -120,17 +123,37 @@ def read_result(results: Path, cell: Cell, last: Step) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError:
         raise ValueError(f"unreadable result path={path}; delete it and run the cell again") from None
-    return result if result.get("recipe") == last.recipe else None
+    last, length = chain(plan, cell, data_root=data_root), plan.params(cell).evaluate.max_new_tokens
+    if result.get("recipe") != last.recipe or result.get("max_new_tokens", length) != length:
+        return None
+    here = _sources(last)
+    is_same = all(here.get(name, digest) == digest for name, digest in result.get("sources", {}).items())
+    return result if is_same else None
+
+
+def _sources(last: Step) -> dict[str, str]:
+    """Digest of every local file that the steps of a chain read, by folder and name; none of data that are not here."""
+    paths: set[Path] = set()
+    for step in last.before():
+        if hasattr(step.stage, "sources"):
+            with suppress(ValueError):
+                paths |= set(step.stage.sources(step.config))
+    return {f"{path.parent.name}/{path.name}": _known_digest(path, path.stat().st_mtime_ns) for path in sorted(paths)}
+
+
+@lru_cache(maxsize=256)
+def _known_digest(path: Path, modified: int) -> str:
+    return digest_file(path)
 
 
 def run_cell(
     plan: Plan, cell: Cell, *, store: Path, results: Path, data_root: str | None, report: Report = discard
 ) -> dict[str, Any]:
     """Runs what is missing of a cell's stages, evaluates its model and writes its result."""
-    last = chain(plan, cell, data_root=data_root)
-    done = read_result(results, cell, last)
+    done = read_result(plan, cell, results, data_root=data_root)
     if done is not None:
         return done
+    last = chain(plan, cell, data_root=data_root)
     params = plan.params(cell, data_root=data_root)
     device = prepare_runtime(params.runtime)
     seconds: dict[str, float] = {}
@@ -155,6 +178,7 @@ def run_cell(
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,
+        "sources": _sources(last),
         "seconds": seconds,
         "device": str(device),
         "floors": floors,
@@ -197,6 +221,7 @@ def _evaluate(model_dir: Path, data_dir: Path, config: EvaluateConfig, device: t
         out["labels"] = [line["label"] for line in found.predictions]
         out["predictions"] = [line["prediction"] for line in found.predictions]
     else:
+        out["max_new_tokens"] = config.max_new_tokens
         out["scores"] = [line["scores"] for line in found.predictions]
     return out
 
@@ -226,7 +251,8 @@ def _weights(last: Step, store: Path) -> dict[str, Any]:
     for name in ("surgery", "pretrain", "distill"):
         if name not in directories:
             continue
-        summary = summarize(directories[name] / checkpoint.WEIGHTS, modules)
+        quantizer = checkpoint.saved_quantizer(directories[name])
+        summary = summarize(directories[name] / checkpoint.WEIGHTS, modules, quantizer)
         out[name] = {
             "density": [round(value, 5) for value in summary.density],
             "code_shares": summary.code_shares,

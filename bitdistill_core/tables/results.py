@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.report.paired import mcnemar_p
-from bitdistill_core.tables.cell import chain, read_result
+from bitdistill_core.tables.cell import read_result
 from bitdistill_core.tables.plan import Cell, Plan
 
 NUM_RESAMPLES = 4000
@@ -59,7 +59,7 @@ class Row:
 
 def collect(plan: Plan, results: Path) -> Results:
     """The finished results of a plan."""
-    found = {cell: read_result(results, cell, chain(plan, cell)) for cell in plan.cells()}
+    found = {cell: read_result(plan, cell, results) for cell in plan.cells()}
     return {cell: result for cell, result in found.items() if result is not None}
 
 

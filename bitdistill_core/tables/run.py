@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitdistill_core.tables.cell import chain, discard_checkpoints, read_result, run_cell
+from bitdistill_core.tables.cell import discard_checkpoints, read_result, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 
 Tell = Callable[[str], None]
@@ -26,11 +26,11 @@ class Outcome:
     left: list[Cell] = field(default_factory=list)
 
 
-def survey(plan: Plan, cells: Sequence[Cell], results: Path) -> Outcome:
-    """Which cells have a finished result of the plan's parameters, and which are left."""
+def survey(plan: Plan, cells: Sequence[Cell], results: Path, *, data_root: str | None = None) -> Outcome:
+    """Which cells have a finished result of the plan's parameters and data, and which are left."""
     outcome = Outcome()
     for cell in cells:
-        has_result = read_result(results, cell, chain(plan, cell)) is not None
+        has_result = read_result(plan, cell, results, data_root=data_root) is not None
         (outcome.finished if has_result else outcome.left).append(cell)
     return outcome
 
@@ -70,9 +70,9 @@ def run_plan(
 
     planned = plan.cells(groups)
     cells = planned if cells is None else cells
-    found = survey(plan, cells, results)
+    found = survey(plan, cells, results, data_root=data_root)
     pending, outcome = found.left, Outcome(found.finished)
-    needing = found.left if cells is planned else survey(plan, planned, results).left
+    needing = found.left if cells is planned else survey(plan, planned, results, data_root=data_root).left
     for number, cell in enumerate(pending):
         place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
         tell(place)
@@ -94,6 +94,6 @@ def run_plan(
         if on_result is not None:
             on_result(cell, result)
         if not keep_checkpoints:
-            done = {*outcome.finished, *outcome.failed}
-            discard_checkpoints(plan, store, [cell], [other for other in needing if other not in done])
+            # a cell that failed needs its checkpoints again, when its cause is mended
+            discard_checkpoints(plan, store, [cell], [other for other in needing if other not in outcome.finished])
     return outcome

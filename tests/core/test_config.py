@@ -79,6 +79,13 @@ def test_a_seed_replaces_every_seed() -> None:
         ("surgery.weight_block_size=24", r"surgery\.weight_block_size: .*multiple of 16"),
         ("surgery.subln_gain=two", r"surgery\.subln_gain: .*'one' or 'preserve'"),
         ("surgery.initializer=absmax", r"surgery\.initializer: .*'none', 'gptq' or 'awq'"),
+        ("pretrain.num_tokens=100", r"num_tokens must be 0 or at least one step's tokens, block_size \* batch_size = "),
+        ("base.scratch.num_tokens=100", r"num_tokens must be 0 or at least one step's tokens"),
+        (
+            "pretrain.blockwise={num_epochs: 1, learning_rate: 0.01, num_tokens: 9}",
+            r"got blockwise\.num_tokens=9",
+        ),
+        ("benchmark.new_tokens=1", r"benchmark\.new_tokens: Input should be greater than or equal to 2"),
         ("learning_rate", r"an override reads section\.key=value"),
     ],
 )

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitdistill_core import pipeline
 from bitdistill_core.config import ReportConfig
 from bitdistill_core.manifest import discard
+from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.report.curves import smoothed
 from bitdistill_core.report.markdown import escaped
 from bitdistill_core.report.paired import bootstrap_interval, mcnemar_p
@@ -96,6 +97,7 @@ def write_weights(directory: Path, spread: float) -> None:
     weights = {f"{module}.weight": torch.randn(32, 16) * spread + 0.02 for module in MODULES}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({**weights, "model.embed_tokens.weight": torch.zeros(4, 4)}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"bitdistill": {"subln": "none", "sub_norm_eps": 1e-6}}))
 
 
 def write_benchmark(directory: Path) -> None:
@@ -202,7 +204,7 @@ def test_bootstrap_interval_agrees_with_resampling_examples() -> None:
 
 def test_weight_summary_matches_the_formula(tmp_path: Path) -> None:
     write_weights(tmp_path, 0.05)
-    summary = summarize(tmp_path / "model.safetensors", MODULES)
+    summary = summarize(tmp_path / "model.safetensors", MODULES, WeightQuantizer())
     torch.manual_seed(0)
     tensors = [torch.randn(32, 16) * 0.05 + 0.02 for _ in MODULES]
     relative = torch.cat([(t / t.abs().mean()).flatten() for t in tensors])
@@ -211,6 +213,26 @@ def test_weight_summary_matches_the_formula(tmp_path: Path) -> None:
     assert summary.code_shares == pytest.approx([float((codes == c).float().mean()) for c in (-1, 0, 1)])
     assert summary.near_share == pytest.approx(float((relative.abs() - 0.5).abs().le(0.05).float().mean()))
     assert sum(summary.density) * 0.05 == pytest.approx(float(relative.abs().le(3).float().mean()))
+
+
+@pytest.mark.parametrize("grid", ["ternary", "binary"])
+@pytest.mark.parametrize(
+    ("granularity", "rule"), [("row", "absmean"), ("block", "absmean"), ("tensor", "least_squares")]
+)
+def test_weights_are_summarised_as_the_student_quantises_them(
+    tmp_path: Path, grid: Any, granularity: Any, rule: Any
+) -> None:
+    write_weights(tmp_path, 0.05)
+    quantizer = WeightQuantizer(grid, granularity, 8, rule)
+    summary = summarize(tmp_path / "model.safetensors", MODULES, quantizer)
+    weights = [load_file(tmp_path / "model.safetensors")[f"{module}.weight"] for module in MODULES]
+    codes = torch.cat([quantize_weight(weight, quantizer)[0].flatten() for weight in weights])
+    assert summary.code_shares == pytest.approx([float((codes == c).float().mean()) for c in (-1, 0, 1)])
+    assert summary.threshold == {"binary": 0.0}.get(grid, 0.7 if rule == "least_squares" else 0.5)
+    # codes change where the histogram says so
+    edges = np.linspace(-3, 3, len(summary.density) + 1)[:-1] + 1e-6
+    within = sum(d for d, edge in zip(summary.density, edges, strict=True) if abs(edge + 0.025) < summary.threshold)
+    assert within * 0.05 == pytest.approx(summary.code_shares[1], abs=0.005)
 
 
 def test_smoothed_is_a_weighted_average_and_factor_zero_changes_nothing() -> None:

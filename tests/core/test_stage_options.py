@@ -1,6 +1,7 @@
 """Options of the stages that train a student, against their equations: what a stage reports is computed anew."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,13 +161,18 @@ def test_without_any_distillation_weight_there_is_no_teacher(workshop: Workshop,
 
 def test_the_distilled_layers_are_pairs_from_0() -> None:
     shallow, deep = build("qwen3"), build("qwen3", num_hidden_layers=4, layer_types=None)
-    assert layer_pairs([], [], shallow, deep) == [(0, 0), (1, 1)]
-    assert layer_pairs([-1], [], shallow, deep) == [(1, 3)]
-    assert layer_pairs([0, -1], [1, 2], shallow, deep) == [(0, 1), (1, 2)]
+
+    def pairs(ours: list[int], theirs: list[int], student: Any, teacher: Any) -> list[tuple[int, int]]:
+        config = section("distill", distill_layers=ours, teacher_layers=theirs)
+        return layer_pairs(config, student.config, teacher.config)
+
+    assert pairs([], [], shallow, deep) == [(0, 0), (1, 1)]
+    assert pairs([-1], [], shallow, deep) == [(1, 3)]
+    assert pairs([0, -1], [1, 2], shallow, deep) == [(0, 1), (1, 2)]
     with pytest.raises(ValueError, match=r"distill_layers must name layers of a model with num_layers=2; got 2"):
-        layer_pairs([2], [], shallow, deep)
+        pairs([2], [], shallow, deep)
     with pytest.raises(ValueError, match=r"teacher_layers must name layers of a model with num_layers=2; got 2"):
-        layer_pairs([], [], deep, shallow)
+        pairs([], [], deep, shallow)
 
 
 def test_two_student_layers_may_learn_from_one_of_the_teacher(workshop: Workshop, student: Path) -> None:

@@ -159,15 +159,15 @@ def test_a_result_of_another_recipe_is_none(make_plan: Callable[..., Plan], tmp_
     plan = make_plan()
     last, path = chain(plan, BITDISTILL), result_path(tmp_path, BITDISTILL)
     assert path == tmp_path / "cells/small/reviews/bitdistill/seed0.json"
-    assert read_result(tmp_path, BITDISTILL, last) is None
+    assert read_result(plan, BITDISTILL, tmp_path) is None
     path.parent.mkdir(parents=True)
     path.write_text(f'{{"recipe": "{last.recipe}", "metrics": {{}}}}')
-    assert read_result(tmp_path, BITDISTILL, last) == {"recipe": last.recipe, "metrics": {}}
-    assert read_result(tmp_path, BITDISTILL, chain(changed(plan, distill={"seed": 5}), BITDISTILL)) is not None
-    assert read_result(tmp_path, BITDISTILL, chain(changed(plan, distill={"loss": "paper"}), BITDISTILL)) is None
+    assert read_result(plan, BITDISTILL, tmp_path) == {"recipe": last.recipe, "metrics": {}}
+    assert read_result(changed(plan, distill={"seed": 5}), BITDISTILL, tmp_path) is not None
+    assert read_result(changed(plan, distill={"loss": "paper"}), BITDISTILL, tmp_path) is None
     path.write_text('{"recipe"')
     with pytest.raises(ValueError, match=r"unreadable result path=.*seed0\.json; delete it and run the cell again"):
-        read_result(tmp_path, BITDISTILL, last)
+        read_result(plan, BITDISTILL, tmp_path)
 
 
 def test_models_that_a_pending_cell_needs_are_kept(make_plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ from bitdistill_core.evaluate import TorchScorer, evaluate_split, wilson_interva
 from bitdistill_core.manifest import read_manifest
 from bitdistill_core.stages.data import examples_path
 from bitdistill_core.tables import run
-from bitdistill_core.tables.cell import chain, result_path
+from bitdistill_core.tables.cell import chain, read_result, result_path
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import Outcome, run_plan
 from bitdistill_core.tables.speed import SPEED, measure_speed, speed_rows
 from tests.core.tables.conftest import SCALE, tiny_plan
 
 TEACHER, PTQ, STUDENT = (Cell("small", "reviews", method, 0) for method in ("fp16_sft", "ptq", "bitdistill"))
-KEYS = {"cell", "recipe", "seconds", "device", "floors", "split", "num_examples", "metrics", "curves", "weights"}
+KEYS = {"cell", "recipe", "sources", "seconds", "device", "floors", "split", "num_examples", "metrics", "curves"} | {
+    "weights"
+}
 
 
 @dataclass
@@ -119,6 +121,29 @@ def test_results_hold_curves_weights_and_times(finished: tuple[Plan, Folder, Out
     assert set(result["seconds"]) == {"data", "base", "teacher", "surgery", "pretrain", "distill"}
 
 
+def test_a_result_of_other_data_or_another_length_is_none(
+    finished: tuple[Plan, Folder, Outcome], tmp_path: Path
+) -> None:
+    plan, folder, _ = finished
+    path = result_path(tmp_path, STUDENT)
+    path.parent.mkdir(parents=True)
+    result = folder.result(STUDENT)
+    assert result["sources"]
+
+    def found(**changes: object) -> bool:
+        path.write_text(json.dumps({**result, **changes}))
+        return read_result(plan, STUDENT, tmp_path) is not None
+
+    assert found()
+    assert found(sources={"elsewhere/train.parquet": "0" * 64})  # not here to compare
+    assert not found(sources=dict.fromkeys(result["sources"], "0" * 64))
+    length = plan.params(STUDENT).evaluate.max_new_tokens
+    assert found(max_new_tokens=length)
+    assert not found(max_new_tokens=length + 1)
+    del result["sources"]  # of an older version
+    assert found()
+
+
 def test_a_second_call_runs_nothing(finished: tuple[Plan, Folder, Outcome]) -> None:
     plan, folder, outcome = finished
     before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*") if path.is_file()}
@@ -154,6 +179,7 @@ def test_a_diverging_cell_is_told_and_costs_no_other(make_plan: Callable[..., Pl
     assert outcome.failed[bad].startswith("distill diverged at step=2: ")
     assert f"failed: {bad}: {outcome.failed[bad]}" in folder.told
     assert not result_path(tmp_path, bad).exists()
+    assert "teacher" in folder.stages()  # the failed one needs it, once its cause is mended
     again = folder.run(plan)  # tries the failed one alone
     assert [line for line in folder.told if line.startswith("[")] == [f"[2/2] {bad}"]
     assert list(again.failed) == [bad]
