@@ -20,7 +20,8 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
     """The local path of a data set, or its hub id where it has none.
 
     Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below,
-    as files: DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME (glue for the hub id nyu-mll/glue).
+    as files: DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME (glue for the hub id nyu-mll/glue); a
+    name of a file, data/demo/corpus.parquet, may also exist as it is.
 
     Raises:
         ValueError: not found below data_root, or a path that does not exist.
@@ -33,6 +34,8 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
         return name
     base = Path(data_root) / name.rsplit("/", 1)[-1]
     candidates = [Path(data_root) / name, *([base / config] if config else []), base]
+    if name.endswith(ENDINGS):
+        candidates.append(Path(name))
     for path in candidates:
         if path.is_file() or (path.is_dir() and _files(path, "")):
             return path
