@@ -82,7 +82,8 @@ def train_blocks(
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}
     dtype = train.compute_dtype(precision)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    # uncached: a cast of a bias must not outlive the step that changes it
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
         theirs, ours = (Passage.begin(model, [batch.input_ids for batch in flat]) for model in (teacher, student))
         for passage in (theirs, ours):
             passage.hidden = [states.to(dtype) for states in passage.hidden]

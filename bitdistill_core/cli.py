@@ -16,8 +16,10 @@ import typer
 from bitdistill_core.cli_errors import one_line_errors
 from bitdistill_core.cli_tables import commands
 
-# read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step
+# read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step;
+# not at once though, since in small models the next work comes within microseconds (docs/LOG.md)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 TEXTS_AT_ONCE = 256
 

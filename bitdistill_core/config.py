@@ -94,17 +94,17 @@ class BlocksSection(TrainSection):
     num_tokens: int = Field(ge=0)  # 0: skip
     block_size: int = Field(gt=1)
 
-    def require_step(self, num_tokens: int, key: str) -> None:
+    def require_step(self, num_tokens: int, batch_size: int, key: str) -> None:
         """Raises ValueError when `num_tokens` make no optimiser step."""
-        if 0 < num_tokens < self.block_size * self.batch_size:
+        if 0 < num_tokens < self.block_size * batch_size:
             raise ValueError(
                 f"{key} must be 0 or at least one step's tokens, block_size * batch_size = "
-                f"{self.block_size * self.batch_size}; got {key}={num_tokens}"
+                f"{self.block_size * batch_size}; got {key}={num_tokens}"
             )
 
     @model_validator(mode="after")
     def _tokens_make_a_step(self) -> "BlocksSection":
-        self.require_step(self.num_tokens, "num_tokens")
+        self.require_step(self.num_tokens, self.batch_size, "num_tokens")
         return self
 
 
@@ -168,6 +168,7 @@ class BlockwiseConfig(Section):
 
     num_epochs: float = Field(ge=0)  # 0: skip
     learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=0)  # sequences a step, in one micro-batch; 0: as in the rest of the stage
     num_tokens: int = Field(gt=0)  # at most; the hidden states of so many tokens are held in memory
 
 
@@ -209,7 +210,8 @@ class PretrainConfig(BlocksSection, StudentTraining):
     @model_validator(mode="after")
     def _blockwise_makes_a_step(self) -> "PretrainConfig":
         if self.blockwise.num_epochs:
-            self.require_step(self.blockwise.num_tokens, "blockwise.num_tokens")
+            batch_size = self.blockwise.batch_size or self.batch_size
+            self.require_step(self.blockwise.num_tokens, batch_size, "blockwise.num_tokens")
         return self
 
     @model_validator(mode="after")

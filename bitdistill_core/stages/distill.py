@@ -51,7 +51,12 @@ def run(
                 )
             if config.blockwise.num_epochs:
                 batches = training.task_batches(
-                    student, tokenizer, config, inputs.data, without_contained=config.blockwise.drop_contained
+                    student,
+                    tokenizer,
+                    config,
+                    inputs.data,
+                    batch_size=config.blockwise.batch_size,
+                    without_contained=config.blockwise.drop_contained,
                 )
                 training.train_blockwise(
                     student,

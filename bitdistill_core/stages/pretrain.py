@@ -31,7 +31,9 @@ def run(
     """Writes the student after block-wise training and `num_tokens` of the corpus; without either as it came."""
     student, tokenizer = checkpoint.load_model(inputs.student)
     metrics: Metrics = {}
-    blockwise_steps = training.corpus_steps(config, config.blockwise.num_tokens) if config.blockwise.num_epochs else 0
+    blockwise, blockwise_steps = config.blockwise, 0
+    if blockwise.num_epochs:
+        blockwise_steps = training.corpus_steps(config, blockwise.num_tokens, blockwise.batch_size)
     if config.num_tokens or blockwise_steps:
         with ExitStack() as stack:
             loss_fn = None
@@ -52,8 +54,9 @@ def run(
                         tokenizer,
                         config,
                         inputs.data,
-                        num_tokens=config.blockwise.num_tokens,
+                        num_tokens=blockwise.num_tokens,
                         out=work_dir / "blockwise-tokens.bin",
+                        batch_size=blockwise.batch_size,
                     ),
                     num_steps=blockwise_steps,
                     name="pretrain",

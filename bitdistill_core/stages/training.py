@@ -86,21 +86,26 @@ def train_on_task(
     )
 
 
-def corpus_steps(config: BlocksSection, num_tokens: int) -> int:
-    """Optimiser steps that so many tokens of packed blocks make."""
-    return num_tokens // (config.block_size * config.batch_size)
+def corpus_steps(config: BlocksSection, num_tokens: int, batch_size: int = 0) -> int:
+    """Optimiser steps that so many tokens of packed blocks make; batch_size 0 is the section's."""
+    return num_tokens // (config.block_size * (batch_size or config.batch_size))
 
 
 def corpus_batches(
-    tokenizer: PreTrainedTokenizerBase, config: BlocksSection, data: Path, *, num_tokens: int, out: Path
+    tokenizer: PreTrainedTokenizerBase,
+    config: BlocksSection,
+    data: Path,
+    *,
+    num_tokens: int,
+    out: Path,
+    batch_size: int = 0,
 ) -> BlockBatches:
     """step -> micro-batches of packed blocks of the corpus, from its first `num_tokens` tokens, kept in `out`."""
     return BlockBatches(
         tokenize_corpus(data / "corpus", tokenizer, max_tokens=num_tokens, out=out),
         block_size=config.block_size,
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
         seed=config.seed,
+        **_batching(config, batch_size),
     )
 
 
@@ -110,6 +115,7 @@ def task_batches(
     config: TaskSection,
     data: Path,
     *,
+    batch_size: int = 0,
     without_contained: bool = False,
 ) -> ExampleBatches:
     """step -> micro-batches of the task's training examples; all, or those whose text no longer one contains."""
@@ -123,12 +129,14 @@ def task_batches(
     )
     if without_contained:
         examples = [examples[i] for i in drop_contained(_prompt_texts(path, task.prompt))]
-    return ExampleBatches(
-        examples,
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
-        seed=config.seed,
-    )
+    return ExampleBatches(examples, seed=config.seed, **_batching(config, batch_size))
+
+
+def _batching(config: TrainSection, batch_size: int) -> dict[str, int]:
+    """The batches of a section, or whole ones of another size."""
+    if batch_size:
+        return {"batch_size": batch_size, "gradient_accumulation": 1}
+    return config.model_dump(include={"batch_size", "gradient_accumulation"})
 
 
 def _prompt_texts(path: Path, template: str) -> list[str]:
@@ -168,6 +176,9 @@ def train_blockwise(
         steps.append(micro_batches)
     options = _options(config, name=f"{name}.blockwise", work_dir=work_dir / "blockwise", report=report, device=device)
     options.update(config.blockwise.model_dump(include={"num_epochs", "learning_rate"}))
+    if config.blockwise.batch_size:  # as many sequences between two reports, and two checkpoints, as in the stage
+        for key in ("report_every", "checkpoint_every"):
+            options[key] = max(1, options[key] * config.batch_size // config.blockwise.batch_size)
     return train_blocks(student, teacher, steps, **options)
 
 

@@ -21,7 +21,7 @@ from tests.core.test_block_outputs import block_outputs, num_hooks
 from tests.core.test_losses import make_batch, split
 from tests.core.test_stage_options import load
 
-BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "num_tokens": 10**6}
+BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "batch_size": 0, "num_tokens": 10**6}
 ON_TASK = {**BLOCKWISE, "drop_contained": False}
 OPTIONS: dict[str, Any] = {
     "name": "distill.blockwise",
@@ -116,6 +116,24 @@ def test_a_block_is_trained_on_what_the_finished_student_blocks_put_out(tmp_path
     assert log[2]["distill.blockwise/loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_in_bfloat16_a_step_sees_the_biases_that_the_last_one_left(tmp_path: Path) -> None:
+    teacher, log = build("qwen2"), []
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    student = student_of(teacher)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    options = {**OPTIONS, "precision": "bfloat16", "learning_rate": 3e-2}
+    train_blocks(student, teacher, STEPS[:1], work_dir=tmp_path, report=lambda m, _: log.append(m), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = last_error(student, teacher, STEPS[0][0])
+    assert log[-1]["distill.blockwise/block_error"] == pytest.approx(expected, rel=0.05)
+
+
 def test_micro_batches_make_the_same_step(tmp_path: Path) -> None:
     teacher, ends = build("llama"), []
     whole = STEPS[0][0]
@@ -159,6 +177,9 @@ def test_distillation_trains_blocks_first_and_keeps_to_the_tokens(workshop: Work
     assert not any("kd" in name for name in after[0])  # cross-entropy alone follows
     finished = workshop.run(distill, section("distill", blockwise=ON_TASK, **kd), inputs, "all")
     assert max(step for step, m in finished.log if "distill.blockwise/loss" in m) == 4 * 4 * 2  # 32 examples in eights
+    finished = workshop.run(distill, section("distill", blockwise={**ON_TASK, "batch_size": 4}, **kd), inputs, "fours")
+    assert max(step for step, m in finished.log if "distill.blockwise/loss" in m) == 4 * 8 * 2
+    assert max(step for step, m in finished.log if "distill/loss" in m) == 4 * section("distill").num_epochs
 
 
 def test_blocks_leave_out_examples_within_longer_ones(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
