@@ -1,6 +1,6 @@
 """Sequences on their way through a decoder, block after block: each block sees what the blocks before it put out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill_core.progress import progress_bar
+
+PASS_TOKENS = 4096  # that go through a block together, unless a batch is larger
 
 
 class _Reached(Exception):
@@ -55,9 +57,16 @@ class Passage:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Takes the sequences past the present block."""
-        for batch, states in enumerate(self.hidden):
-            self.hidden[batch] = self.run(states).to(states.dtype)
+        """Takes the sequences past the present block; small batches of one length go together."""
+        by_length: dict[int, list[int]] = {}
+        for number, states in enumerate(self.hidden):
+            by_length.setdefault(states.shape[1], []).append(number)
+        for numbers in by_length.values():
+            for together in _up_to(PASS_TOKENS, numbers, lambda number: self.hidden[number].shape[:2].numel()):
+                before = [self.hidden[number] for number in together]
+                after = self.run(torch.cat(before)).to(before[0].dtype).split([len(states) for states in before])
+                for number, states in zip(together, after, strict=True):
+                    self.hidden[number] = states
         self.index += 1
 
     def run(self, states: Tensor) -> Tensor:
@@ -82,6 +91,20 @@ class Passage:
                     yield reached.pop().flatten(0, 1)
         finally:
             handle.remove()
+
+
+def _up_to(limit: int, numbers: Iterable[int], size: Callable[[int], int]) -> Iterator[list[int]]:
+    """`numbers` in groups whose sizes add up to at most `limit`; one that is larger is alone."""
+    group: list[int] = []
+    total = 0
+    for number in numbers:
+        if group and total + size(number) > limit:
+            yield group
+            group, total = [], 0
+        group.append(number)
+        total += size(number)
+    if group:
+        yield group
 
 
 def _keywords(decoder: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor) -> list[dict[str, Any]]:
