@@ -126,9 +126,9 @@ def read_result(plan: Plan, cell: Cell, results: Path, *, data_root: str | None 
     last, length = chain(plan, cell, data_root=data_root), plan.params(cell).evaluate.max_new_tokens
     if result.get("recipe") != last.recipe or result.get("max_new_tokens", length) != length:
         return None
-    here = _sources(last)
-    is_same = all(here.get(name, digest) == digest for name, digest in result.get("sources", {}).items())
-    return result if is_same else None
+    made_from = result.get("sources", {})
+    here = _sources(last) if made_from else {}
+    return result if all(here.get(name, digest) == digest for name, digest in made_from.items()) else None
 
 
 def _sources(last: Step) -> dict[str, str]:
