@@ -96,10 +96,11 @@ class _Worker:
     """A process that holds one model and answers requests, JSON lines in and out."""
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        # threads that wait must sleep, not spin: the models take turns on the same cores
+        # threads that wait spin shortly, then sleep: the models take turns on the same cores
         command = [
             "env",
             "OMP_WAIT_POLICY=PASSIVE",
+            "GOMP_SPINCOUNT=20000",
             f"OMP_NUM_THREADS={num_threads}",
         ]
         command += [sys.executable, "-m", "bitdistill_core.latency", str(path), "--num-threads", str(num_threads)]
