@@ -1,6 +1,8 @@
 """The native kernels against an integer matmul in NumPy: exactly equal, never close."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -133,6 +135,19 @@ def test_concurrent_calls_from_several_python_threads_are_exact() -> None:
 
     with ThreadPoolExecutor(4) as executor:
         assert list(executor.map(wrong, cases)) == [0] * len(cases)
+
+
+def test_a_team_ends_whatever_its_threads_are_at() -> None:
+    # Of more threads than cores, some come to a step only when the team is about to be taken down.
+    script = (
+        "import numpy as np\n"
+        "from bitdistill_core.engine import kernels\n"
+        "from bitdistill_core.panels import pack_ternary\n"
+        "x, packed = np.ones((1, 16), np.int8), pack_ternary(np.ones((64, 16), np.int8))\n"
+        "for _ in range(10_000):\n"
+        "    kernels.ternary_matmul(x, packed, 64, num_threads=8)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_a_forked_child_starts_threads_of_its_own() -> None:

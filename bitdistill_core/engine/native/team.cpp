@@ -95,8 +95,8 @@ void Team::look_out(int thread) {
       wake_.wait(lock, [&] { return step_of(ticket_.load()) != seen; });
       num_sleeping_.fetch_sub(1);
     }
-    if (stop_.load()) return;
-    seen = step_of(ticket_.load(std::memory_order_acquire));
+    seen = step_of(ticket_.load());
+    if (stop_.load()) return;  // set before the last ticket, so read after it: its step is not waited out
     take_items(seen, thread);
   }
 }
