@@ -59,6 +59,15 @@ void check_ternary(Checker& checker, int num_lines, int pattern) {
   kernels.gemm_tile(expected_codes, x_tile, k / 4, tile_sums);
   expected.gemm_tile(expected_codes, x_tile, k / 4, expected_sums);
   checker.same(tile_sums.data, expected_sums, tile_sums.size, "sums", num_lines, pattern);
+  if (kernels.gemm_pair == nullptr) return;
+  checker.function = "gemm_pair";
+  Guarded<uint8_t> codes2(codes.size);
+  Guarded<int32_t> pair_sums(2 * tile_sums.size);
+  for (std::size_t i = 0; i < codes.size; ++i) codes2[i] = uint8_t(2 - expected_codes[i]);
+  kernels.gemm_pair(expected_codes, codes2, x_tile, k / 4, pair_sums);
+  checker.same(pair_sums.data, expected_sums, tile_sums.size, "sums of the first", num_lines, pattern);
+  expected.gemm_tile(codes2, x_tile, k / 4, expected_sums);
+  checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines, pattern);
 }
 
 void check_scan(Checker& checker, int num_groups, int pattern) {

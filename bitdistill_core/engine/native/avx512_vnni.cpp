@@ -92,6 +92,25 @@ void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* s
   for (int t = 0; t < kTileTokens; ++t) store_sums(sums + t * kPanelRows, even[t] + odd[t]);
 }
 
+// 6 tokens x 32 rows: each broadcast serves two panels, so that vpdpbusd and not the loads are what a step waits for.
+void gemm_pair(const uint8_t* codes, const uint8_t* codes2, const int8_t* x_tile, int steps, int32_t* sums) {
+  Int16x32 first[kTileTokens] = {}, second[kTileTokens] = {};
+  for (; steps > 0; --steps, codes += 4 * kPanelRows, codes2 += 4 * kPanelRows, x_tile += 4 * kTileTokens) {
+    const __m512i a = load_bytes(codes), b = load_bytes(codes2);
+#pragma GCC unroll 6
+    for (int t = 0; t < kTileTokens; ++t) {
+      const __m512i x = broadcast_four(x_tile + 4 * t);
+      first[t] = multiply_add(first[t], a, x);
+      second[t] = multiply_add(second[t], b, x);
+    }
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < kTileTokens; ++t) {
+    store_sums(sums + t * kPanelRows, first[t]);
+    store_sums(sums + (kTileTokens + t) * kPanelRows, second[t]);
+  }
+}
+
 // Sums of nibbles as they lie, times 1 and 16, and of their lower bits, times 1 and 2.
 struct ScanSums {
   Int16x32 nibble1, nibble16, bit1, bit2;
@@ -128,7 +147,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 
 constexpr Kernels kKernels = {.name = "avx512-vnni", .needs = "AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C",
                               .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemm_tile = gemm_tile,
-                              .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
+                              .gemm_pair = gemm_pair, .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
 }  // namespace
 

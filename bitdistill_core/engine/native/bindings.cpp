@@ -68,21 +68,29 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 
     tokens.place(t, K, row.data());
   }
   std::vector<Scratch> scratch(num_threads);
-  team.run(num_panels, [&](int panel, int thread) {
-    const uint8_t* lines = w_data + std::size_t(panel) * K / kLineK * kLineBytes;
-    int32_t result[kTileTokens * kPanelRows];
-    uint8_t* codes = scratch[thread].codes.get(std::size_t(K) * kPanelRows);
-    if (tokens.tiled()) kernels.unpack_panel(lines, K / kLineK, codes);
+  const int at_once = tokens.tiled() && kernels.gemm_pair != nullptr ? 2 : 1;
+  team.run((num_panels + at_once - 1) / at_once, [&](int item, int thread) {
+    const int panel = item * at_once, count = std::min(at_once, num_panels - panel);
+    const std::size_t panel_bytes = std::size_t(K) / kLineK * kLineBytes, panel_codes = std::size_t(K) * kPanelRows;
+    const uint8_t* lines = w_data + panel * panel_bytes;
+    int32_t result[2 * kTileTokens * kPanelRows];
+    uint8_t* codes = scratch[thread].codes.get(count * panel_codes);
+    for (int i = 0; i < count && tokens.tiled(); ++i) {
+      kernels.unpack_panel(lines + i * panel_bytes, K / kLineK, codes + i * panel_codes);
+    }
     for (int first = 0; first < T; first += tokens.tiled() ? kTileTokens : 1) {
       const int8_t* from = tokens.x_int8.data() + std::size_t(first) * K;
-      if (tokens.tiled()) {
+      if (!tokens.tiled()) {
+        kernels.gemv_panel(lines, K / kLineK, from, result);
+      } else if (count == 1) {
         kernels.gemm_tile(codes, from, K / 4, result);
       } else {
-        kernels.gemv_panel(lines, K / kLineK, from, result);
+        kernels.gemm_pair(codes, codes + panel_codes, from, K / 4, result);
       }
       for (int t = first; t < std::min(T, first + (tokens.tiled() ? kTileTokens : 1)); ++t) {
-        for (int r = 0; r < kPanelRows; ++r) {
-          out_data[std::size_t(t) * N + panel * kPanelRows + r] = result[(t - first) * kPanelRows + r] - sums[t];
+        for (int r = 0; r < count * kPanelRows; ++r) {
+          const int32_t sum = result[(r / kPanelRows * kTileTokens + t - first) * kPanelRows + r % kPanelRows];
+          out_data[std::size_t(t) * N + panel * kPanelRows + r] = sum - sums[t];
         }
       }
     }

@@ -26,17 +26,19 @@ void finish(const int32_t* sums, int tokens, const int32_t* sum_x, const float* 
 }
 
 void rms_norm(const float* x, const float* weight, float offset, float eps, int n, float* out) {
-  Float8 squares = all8(0), squares2 = all8(0);
+  Float8 squares[4] = {all8(0), all8(0), all8(0), all8(0)};
   int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const Float8 a = load8(x + i), b = load8(x + i + 8);
-    squares += a * a;
-    squares2 += b * b;
+  for (; i + 32 <= n; i += 32) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Float8 values = load8(x + i + 8 * j);
+      squares[j] += values * values;
+    }
   }
-  squares += squares2;
   float tail = 0;
   for (; i < n; ++i) tail += x[i] * x[i];
-  const float scale = 1.0f / __builtin_sqrtf((sum_of(squares) + tail) / float(n) + eps);
+  const float sum = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail;
+  const float scale = 1.0f / __builtin_sqrtf(sum / float(n) + eps);
   for (i = 0; i + 8 <= n; i += 8) store8(out + i, (load8(weight + i) + all8(offset)) * (load8(x + i) * all8(scale)));
   for (; i < n; ++i) out[i] = (weight[i] + offset) * (x[i] * scale);
 }
@@ -60,22 +62,36 @@ BITDISTILL_INLINE Int8x32 round8(Float8 x) {
 #endif
 }
 
+// Positive floats are in the order of their bits; infinity and NaN are above them all. Four maxima, which need not wait
+// for one another.
 float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
-  const Int8x32 no_sign = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff,
-                           0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
-  Float8 largest = all8(1e-5f), zeros = all8(0);  // zeros becomes NaN when an element is infinite or NaN
+  const int32_t no_sign = 0x7fffffff, infinity = 0x7f800000;
+  const Int8x32 floor = (Int8x32)all8(1e-5f);
+  const Int8x32 mask = {no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign};
+  Int8x32 largest[4] = {floor, floor, floor, floor};
   int i = 0;
-  for (; i < n; i += 8) {
-    const Float8 values = i + 8 <= n ? load8(x + i) : load_some(x + i, n - i);
-    largest = max8(largest, (Float8)((Int8x32)values & no_sign));
-    zeros += values * all8(0);
+  for (; i + 32 <= n; i += 32) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Int8x32 bits = (Int8x32)load8(x + i + 8 * j) & mask;
+      largest[j] = bits > largest[j] ? bits : largest[j];
+    }
   }
-  const float absmax = max_of(largest), inverse = 127.0f / absmax, not_finite = sum_of(zeros);
-  if (not_finite != 0) {
+  for (; i < n; i += 8) {
+    const Int8x32 bits = (Int8x32)(i + 8 <= n ? load8(x + i) : load_some(x + i, n - i)) & mask;
+    largest[0] = bits > largest[0] ? bits : largest[0];
+  }
+  for (int j = 1; j < 4; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+  int32_t bits = 0;
+  for (int j = 0; j < 8; ++j) bits = largest[0][j] > bits ? largest[0][j] : bits;
+  if (bits >= infinity) {
     __builtin_memset(x_int8, 0, n);
     *sum = 0;
-    return not_finite;
+    return __builtin_nanf("");
   }
+  float absmax;
+  __builtin_memcpy(&absmax, &bits, sizeof absmax);
+  const float inverse = 127.0f / absmax;
   Int8x32 sums = {0, 0, 0, 0, 0, 0, 0, 0};
 #ifdef __AVX2__
   for (i = 0; i + 32 <= n; i += 32) {

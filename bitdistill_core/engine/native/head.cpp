@@ -134,38 +134,45 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   }
   const QuantizedQuery query(kernels, x, rows.padded_size());
   const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
-  // 1. The upper five bits of every row, and the rows that look largest by them. q . w = 8 q . (u >> 3) + q . (u & 7)
-  //    - 128 sum q; the lower bits are taken for their middle, 3.5. Twice that is an integer.
+  // 1. The upper five bits of every row: the rows that look largest by them, and the most that a row of each panel can
+  //    reach. q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice
+  //    that is an integer.
   const int32_t middle = (7 - 256) * query.sum;
-  std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
   const float half_scale = 0.5f * query.scale;
+  const float per_rest_norm = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
+  std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
+  std::vector<float> panel_bound(num_panels);
   // Of a panel's rows; those beyond the vocabulary are -infinity. Plain loops of 16, for the compiler to vectorise.
-  const auto coarse = [&](int panel, float* values) {
+  const auto coarse = [&](int panel, float* values, float* bounds) {
     const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
-    for (int r = 0; r < kPanelRows; ++r) values[r] = half_scale * float(16 * sums[first + r] + middle);
-    if (count == kPanelRows) {
-      for (int r = 0; r < kPanelRows; ++r) values[r] *= rows.row_scale[first + r];
-      return;
-    }
-    for (int r = 0; r < kPanelRows; ++r) values[r] = r < count ? values[r] * rows.row_scale[first + r] : -INFINITY;
+    const auto fill = [&](int filled) {
+      for (int r = 0; r < filled; ++r) {
+        const float scale = rows.row_scale[first + r], rest_norm = rows.rest_norm[first + r];
+        values[r] = half_scale * float(16 * sums[first + r] + middle) * scale;
+        bounds[r] = values[r] + scale * (per_rest_norm * rest_norm + per_row_norm * rows.row_norm[first + r]);
+      }
+    };
+    if (count == kPanelRows) return fill(kPanelRows);
+    fill(count);
+    for (int r = count; r < kPanelRows; ++r) values[r] = bounds[r] = -INFINITY;
   };
   const auto largest_of = [](const float* values) {
     float largest[4] = {values[0], values[1], values[2], values[3]};
     for (int r = 4; r < kPanelRows; ++r) largest[r % 4] = std::max(largest[r % 4], values[r]);
     return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3]));
   };
-  const std::size_t num_guesses = std::max(count, kFirstGuesses);
   std::vector<std::vector<Candidate>> found(num_shares);
   team.run(num_shares, [&](int share, int) {
     std::vector<Candidate>& best = found[share];  // a heap, smallest first
-    float values[kPanelRows];
+    float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
       kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
                          sums.data() + std::size_t(panel) * kPanelRows);
-      coarse(panel, values);
-      if (best.size() == num_guesses && largest_of(values) <= best.front().logit) continue;
+      coarse(panel, values, bounds);
+      panel_bound[panel] = largest_of(bounds);
+      if (int(best.size()) == count && largest_of(values) <= best.front().logit) continue;
       for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
-        if (best.size() == num_guesses) {
+        if (int(best.size()) == count) {
           if (values[r] <= best.front().logit) continue;
           std::pop_heap(best.begin(), best.end(), goes_before);
           best.pop_back();
@@ -177,7 +184,7 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   });
   std::vector<Candidate> guesses;
   for (const std::vector<Candidate>& best : found) guesses.insert(guesses.end(), best.begin(), best.end());
-  const std::size_t num_kept = std::min(num_guesses, guesses.size());
+  const std::size_t num_kept = std::min(std::size_t(std::max(count, kFirstGuesses)), guesses.size());
   std::partial_sort(guesses.begin(), guesses.begin() + num_kept, guesses.end(), goes_before);
   guesses.resize(num_kept);
 
@@ -195,24 +202,19 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
 
   // 3. Every row that may reach the floor: its lower bits, and if it still may, float32.
-  const float per_rest_norm = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
   std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
   team.run(num_shares, [&](int share, int) {
     found[share].clear();
     std::vector<uint8_t> rest(rows.rest_bytes());
     std::vector<int8_t> w_int8(rows.padded_size());
     int refined = 0, computed = 0;
-    float values[kPanelRows];
+    float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
-      coarse(panel, values);
-      const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
-      for (int r = 0; r < count; ++r) {
-        values[r] += rows.row_scale[first + r] *
-                     (per_rest_norm * rows.rest_norm[first + r] + per_row_norm * rows.row_norm[first + r]);
-      }
-      if (largest_of(values) < floor) continue;
-      for (int v = first; v < first + count; ++v) {
-        if (values[v - first] < floor) continue;
+      if (panel_bound[panel] < floor) continue;
+      coarse(panel, values, bounds);
+      const int first = panel * kPanelRows;
+      for (int v = first; v < std::min(first + kPanelRows, V); ++v) {
+        if (bounds[v - first] < floor) continue;
         ++refined;
         if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest.data())) {
           is_read = false;

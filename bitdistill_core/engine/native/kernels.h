@@ -49,6 +49,9 @@ struct Kernels {
   // sums[t][r] = sum over k of code[r][k] * x[t][k] for an unpacked panel and a tile of tokens. steps = K / 4.
   void (*gemm_tile)(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums);
 
+  // The same of two panels, sums[panel][t][r]. Null where one panel fills the registers.
+  void (*gemm_pair)(const uint8_t* codes, const uint8_t* codes2, const int8_t* x_tile, int steps, int32_t* sums);
+
   // sums[r] = sum over k of (u >> 3) * x[k] for one panel of `scan`.
   void (*scan_panel)(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums);
 

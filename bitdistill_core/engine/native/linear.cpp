@@ -6,38 +6,44 @@
 namespace bitdistill {
 namespace {
 
+// Panels that gemm_pair takes.
+constexpr int kPairPanels = 2, kPairRows = kPairPanels * kPanelRows;
+
 // The panels of a step in shares that threads take one by one: enough that a slow thread takes fewer, and long where
 // weights stream from memory.
 struct Shares {
   int num_panels, num_threads;
   bool tiled;
 
-  int count() const { return std::min(num_panels, (tiled ? 6 : 2) * num_threads); }
-  int begin(int share) const { return int(int64_t(num_panels) * share / count()); }
+  int count() const { return std::min((num_panels + 1) / 2, (tiled ? 6 : 2) * num_threads); }
+  int begin(int share) const { return std::min(num_panels, int(int64_t((num_panels + 1) / 2) * share / count()) * 2); }
 };
 
-// Up to kTileTokens tokens of one panel, to `out` (tokens, stride): integer_sums(block, sums) gives the integers of a
-// block, which are scaled and added up in float32, block after block.
+// Up to kTileTokens tokens of kPairPanels neighbouring panels at most, to `out` (tokens, stride): integer_sums(block,
+// sums) gives the integers of a block, which are scaled and added up in float32, block after block.
 template <class IntegerSums>
-void add_blocks(const Kernels& kernels, const Product& product, int panel, int first, int tokens, float* out,
-                std::size_t stride, IntegerSums&& integer_sums) {
+void add_blocks(const Kernels& kernels, const Product& product, int panel, int num_panels, int first, int tokens,
+                float* out, std::size_t stride, IntegerSums&& integer_sums) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
-  const float* bias = linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows;
-  alignas(32) int32_t sums[kTileTokens * kPanelRows];
-  alignas(32) float total[kTileTokens * kPanelRows];
+  alignas(64) int32_t sums[kPairPanels * kTileTokens * kPanelRows];
+  alignas(64) float total[kTileTokens * kPairRows];
   // Added to a residual stream one by one, every block would be rounded to what that can hold.
   const bool is_apart = product.add && linear.num_blocks > 1;
   float* const to = is_apart ? total : out;
-  const std::size_t to_stride = is_apart ? kPanelRows : stride;
+  const std::size_t to_stride = is_apart ? kPairRows : stride;
   for (int block = 0; block < linear.num_blocks; ++block) {
     integer_sums(block, sums);
-    kernels.finish(sums, tokens, x.sum.data() + std::size_t(block) * x.num_tokens + first, x.scale.data() + first,
-                   linear.scales(panel, block), block == 0 ? bias : nullptr, block > 0 || (product.add && !is_apart), to,
-                   to_stride);
+    for (int i = 0; i < num_panels; ++i) {
+      const float* bias = linear.bias == nullptr || block > 0 ? nullptr : linear.bias + (panel + i) * kPanelRows;
+      const int32_t* const sum_x = x.sum.data() + std::size_t(block) * x.num_tokens + first;
+      kernels.finish(sums + i * kTileTokens * kPanelRows, tokens, sum_x, x.scale.data() + first,
+                     linear.scales(panel + i, block), bias, block > 0 || (product.add && !is_apart),
+                     to + i * kPanelRows, to_stride);
+    }
   }
   for (int t = 0; t < tokens && is_apart; ++t) {
-    for (int r = 0; r < kPanelRows; ++r) out[t * stride + r] += total[t * kPanelRows + r];
+    for (int r = 0; r < num_panels * kPanelRows; ++r) out[t * stride + r] += total[t * kPairRows + r];
   }
 }
 
@@ -46,7 +52,7 @@ void stream_panel(const Kernels& kernels, const Product& product, int panel, flo
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
   const int lines = linear.block_lines();
-  add_blocks(kernels, product, panel, 0, x.num_tokens, out, stride, [&](int block, int32_t* sums) {
+  add_blocks(kernels, product, panel, 1, 0, x.num_tokens, out, stride, [&](int block, int32_t* sums) {
     const std::size_t first_line = std::size_t(block) * lines;
     for (int t = 0; t < x.num_tokens; ++t) {
       kernels.gemv_panel(linear.panel(panel) + first_line * kLineBytes, lines,
@@ -55,38 +61,58 @@ void stream_panel(const Kernels& kernels, const Product& product, int panel, flo
   });
 }
 
-// One panel of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile is called
-// after each.
+// One panel or a pair of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile is
+// called after each.
 template <class OutOf, class AfterTile>
-void tile_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, std::size_t stride,
-                OutOf&& out_of, AfterTile&& after_tile) {
+void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, int num_panels,
+                 std::size_t stride, OutOf&& out_of, AfterTile&& after_tile) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
-  uint8_t* codes = scratch.codes.get(std::size_t(x.padded_k) * kPanelRows);
-  kernels.unpack_panel(linear.panel(panel), linear.num_lines(), codes);
+  const std::size_t panel_codes = std::size_t(x.padded_k) * kPanelRows;
+  uint8_t* const codes = scratch.codes.get(kPairPanels * panel_codes);
+  for (int i = 0; i < num_panels; ++i) {
+    kernels.unpack_panel(linear.panel(panel + i), linear.num_lines(), codes + i * panel_codes);
+  }
   const int block_k = linear.block_lines() * kLineK;
-  // The next panel comes from memory while this one is multiplied, a piece with every tile.
-  const char* next = reinterpret_cast<const char*>(linear.panel(panel + 1));
-  const int next_lines = panel + 1 < linear.num_panels() ? linear.num_lines() : 0;
+  // The next panels come from memory while these are multiplied, a piece with every tile.
+  const char* next = reinterpret_cast<const char*>(linear.panel(panel + num_panels));
+  const int next_lines = std::min(num_panels, linear.num_panels() - panel - num_panels) * linear.num_lines();
   for (int tile = 0; tile < x.num_tiles(); ++tile) {
     for (int line = next_lines * tile / x.num_tiles(); line < next_lines * (tile + 1) / x.num_tiles(); ++line) {
       __builtin_prefetch(next + std::size_t(line) * kLineBytes);
     }
     const int first = tile * kTileTokens, tokens = std::min(kTileTokens, x.num_tokens - first);
     const int8_t* x_tile = x.x_int8.data() + std::size_t(first) * x.padded_k;
-    add_blocks(kernels, product, panel, first, tokens, out_of(first), stride, [&](int block, int32_t* sums) {
+    add_blocks(kernels, product, panel, num_panels, first, tokens, out_of(first), stride, [&](int block, int32_t* sums) {
       const std::size_t first_k = std::size_t(block) * block_k;
-      kernels.gemm_tile(codes + first_k * kPanelRows, x_tile + first_k * kTileTokens, block_k / 4, sums);
+      const uint8_t* const block_codes = codes + first_k * kPanelRows;
+      const int8_t* const block_x = x_tile + first_k * kTileTokens;
+      if (num_panels == 1) return kernels.gemm_tile(block_codes, block_x, block_k / 4, sums);
+      kernels.gemm_pair(block_codes, block_codes + panel_codes, block_x, block_k / 4, sums);
     });
     after_tile(first, tokens);
   }
 }
 
-void multiply_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel) {
-  float* const out = product.out + panel * kPanelRows;
-  if (!product.x->tiled()) return stream_panel(kernels, product, panel, out, product.stride);
-  tile_panel(kernels, scratch, product, panel, product.stride,
-             [&](int first) { return out + first * product.stride; }, [](int, int) {});
+// How many of the panels [panel, end) the kernel takes at once.
+int panels_at_once(const Kernels& kernels, int panel, int end) {
+  return kernels.gemm_pair == nullptr ? 1 : std::min(kPairPanels, end - panel);
+}
+
+// The panels [begin, end) of a product.
+void multiply_panels(const Kernels& kernels, Scratch& scratch, const Product& product, int begin, int end) {
+  if (!product.x->tiled()) {
+    for (int panel = begin; panel < end; ++panel) {
+      stream_panel(kernels, product, panel, product.out + panel * kPanelRows, product.stride);
+    }
+    return;
+  }
+  for (int panel = begin, count; panel < end; panel += count) {
+    count = panels_at_once(kernels, panel, end);
+    float* const out = product.out + panel * kPanelRows;
+    tile_panels(kernels, scratch, product, panel, count, product.stride,
+                [&](int first) { return out + first * product.stride; }, [](int, int) {});
+  }
 }
 
 }  // namespace
@@ -161,10 +187,9 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
     int first = shares.begin(share), last = shares.begin(share + 1);
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
-      for (; first < std::min(own, last); ++first) multiply_panel(kernels, scratch[thread], *product, first);
-      first -= own;
+      if (first < own) multiply_panels(kernels, scratch[thread], *product, first, std::min(own, last));
+      first = std::max(first - own, 0);
       last -= own;
-      first = std::max(first, 0);
     }
   });
 }
@@ -174,26 +199,27 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
   const Shares shares{gate.linear->num_panels(), team.num_threads(), gate.x->tiled()};
   const int num_tokens = gate.x->num_tokens;
   team.run(shares.count(), [&](int share, int thread) {
-    float* up_tile = scratch[thread].up.get(kTileTokens * kPanelRows);
+    float* const up_tile = scratch[thread].up.get(kTileTokens * kPairRows);
     const int begin = shares.begin(share), end = shares.begin(share + 1);
-    const auto finish = [&](int panel, int first, int tokens) {
+    const auto finish = [&](int panel, int num_panels, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {
-        kernels.gate_multiply(gate.out + (first + t) * gate.stride + panel * kPanelRows, up_tile + t * kPanelRows,
-                              kPanelRows, activation);
+        kernels.gate_multiply(gate.out + (first + t) * gate.stride + panel * kPanelRows, up_tile + t * kPairRows,
+                              num_panels * kPanelRows, activation);
       }
     };
     if (!gate.x->tiled()) {  // one stream after the other, not two at once
-      for (int panel = begin; panel < end; ++panel) multiply_panel(kernels, scratch[thread], gate, panel);
+      multiply_panels(kernels, scratch[thread], gate, begin, end);
       for (int panel = begin; panel < end; ++panel) {
-        stream_panel(kernels, up, panel, up_tile, kPanelRows);
-        finish(panel, 0, num_tokens);
+        stream_panel(kernels, up, panel, up_tile, kPairRows);
+        finish(panel, 1, 0, num_tokens);
       }
       return;
     }
-    for (int panel = begin; panel < end; ++panel) {
-      multiply_panel(kernels, scratch[thread], gate, panel);
-      tile_panel(kernels, scratch[thread], up, panel, kPanelRows, [&](int) { return up_tile; },
-                 [&](int first, int tokens) { finish(panel, first, tokens); });
+    for (int panel = begin, count; panel < end; panel += count) {
+      count = panels_at_once(kernels, panel, end);
+      multiply_panels(kernels, scratch[thread], gate, panel, panel + count);
+      tile_panels(kernels, scratch[thread], up, panel, count, kPairRows, [&](int) { return up_tile; },
+                  [&](int first, int tokens) { finish(panel, count, first, tokens); });
     }
   });
 }

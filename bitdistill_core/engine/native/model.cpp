@@ -16,17 +16,13 @@ void rotate_heads(const Kernels& kernels, const ModelConfig& config, const float
   }
 }
 
-// Work on every token by itself; few tokens are done sooner than they are handed out.
+// Work on tokens [first, last); few are done sooner than they are handed out.
 template <class Work>
-void for_each_token(Team& team, int count, Work&& work) {
-  if (count <= kStreamTokens) {
-    for (int t = 0; t < count; ++t) work(t);
-    return;
-  }
-  constexpr int kTokens = 8;
-  team.run((count + kTokens - 1) / kTokens, [&](int item, int) {
-    for (int t = item * kTokens; t < std::min(count, (item + 1) * kTokens); ++t) work(t);
-  });
+void for_tokens(Team& team, int count, Work&& work) {
+  if (count <= kStreamTokens) return work(0, count);
+  constexpr int kTokens = 16;
+  team.run((count + kTokens - 1) / kTokens,
+           [&](int item, int) { work(item * kTokens, std::min(count, (item + 1) * kTokens)); });
 }
 
 // Tokens that go through a layer together: enough to share unpacked weights, few enough that the buffers stay small.
@@ -264,16 +260,20 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
   const Layer& layer = layers_[layer_index];
   const int d = config.head_dim, kv_heads = config.num_key_value_heads;
   const std::size_t stride = round_up(layer.k.n, kPanelRows);
-  for_each_token(team_, tokens.count, [&](int t) {
-    const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
-    float* const keys = space.rows.data() + tokens.count * std::size_t(round_up(layer.q.n, kPanelRows));
-    float* const key = keys + t * stride;
-    const float* const value = key + tokens.count * stride;
-    rotate_heads(kernels, config, layer.norms.key, space.cos[layer.rope].data() + angle,
-                 space.sin[layer.rope].data() + angle, kv_heads, key);
-    for (int head = 0; head < kv_heads; ++head) {
-      kernels.store_key_value(head_of(space, batch, layer_index, tokens.segment_of[t], head), key + head * d,
-                              value + head * d, tokens.position_of[t], d, config.value_stride());
+  float* const keys = space.rows.data() + tokens.count * std::size_t(round_up(layer.q.n, kPanelRows));
+  const float* const values = keys + tokens.count * stride;
+  for_tokens(team_, tokens.count, [&](int first, int last) {
+    for (int t = first; t < last; ++t) {
+      const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
+      rotate_heads(kernels, config, layer.norms.key, space.cos[layer.rope].data() + angle,
+                   space.sin[layer.rope].data() + angle, kv_heads, keys + t * stride);
+    }
+    for (int head = 0; head < kv_heads; ++head) {  // one after the other: neighbouring positions share their lines
+      for (int t = first; t < last; ++t) {
+        const std::size_t at = t * stride + head * d;
+        kernels.store_key_value(head_of(space, batch, layer_index, tokens.segment_of[t], head), keys + at, values + at,
+                                tokens.position_of[t], d, config.value_stride());
+      }
     }
   });
   // A segment that begins here gets its parent's keys and values, which are all there by now.
@@ -300,7 +300,9 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
   };
   const bool single = is_single(batch, tokens);
   if (!single) {
-    for_each_token(team_, tokens.count, [&](int t) { rotate(t, layer.norms.query, config.num_heads, q + t * stride); });
+    for_tokens(team_, tokens.count, [&](int first, int last) {
+      for (int t = first; t < last; ++t) rotate(t, layer.norms.query, config.num_heads, q + t * stride);
+    });
   }
 
   // Rows of one kv head are (token, query head of its group); a share is up to kShareRows of them.
