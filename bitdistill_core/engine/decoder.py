@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
 from bitdistill_core.engine.kernels import _native
+from bitdistill_core.engine.memory import part_of
 from bitdistill_core.packing import PackedModel
 from bitdistill_core.panels import panel_scales, unpack_base3
 
@@ -23,8 +24,13 @@ class Decoder:
     def __init__(self, model: PackedModel, *, kernel: str, num_threads: int) -> None:
         self.model = model  # keeps the map and the file
         config = model.config
-        self.linears = _linear_arrays(model)
-        tensors = model.tensors | self.linears
+        # Read, not mapped, are norms and biases too: a mapped one may bring megabytes of its neighbours into memory.
+        self.arrays = _linear_arrays(model) | {
+            name: model.read(name)
+            for name in model.tensors
+            if part_of(name) == "norms_biases_scales" and not name.endswith(".weight_scale")
+        }
+        tensors = model.tensors | self.arrays
         embedding = _rows(model, "model.embed_tokens")
         self._native = _native.Model(
             config=_native_config(config),

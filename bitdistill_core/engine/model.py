@@ -216,7 +216,7 @@ class Engine:
 
     def resident(self) -> dict[str, int]:
         """Bytes of each part of the model in this process's memory now."""
-        return resident_by_part(self.model.tensors | self._decoder.linears)
+        return resident_by_part(self.model.tensors | self._decoder.arrays)
 
     def _hidden(
         self, sequences: Sequence[Ids], branches: Sequence[Sequence[Ids]] | None = None
