@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,6 @@ from bitdistill_core.cli_tables import commands
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-TEXTS_AT_ONCE = 256
 
 app = typer.Typer(
     help="Turn a full-precision decoder LM into a packed 1.58-bit student (BitNet Distillation).",
@@ -114,16 +112,18 @@ def classify(
     texts: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT...", help="Texts; JSON objects for several columns; - reads one a line from stdin."
+            metavar="TEXT...",
+            help="Texts; JSON objects for several columns; - reads one a line from stdin, without empty lines.",
         ),
     ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once; 1 answers each line as it comes.")] = 256,
     num_threads: Threads = 0,
 ) -> None:
     """Label texts with a packed classifier: label, probability and text, tab-separated.
 
     Of a text that does not fit the model's window only the end counts, as in training.
     """
-    with one_line_errors():
+    with one_line_errors(resumes=False):
         import numpy as np
 
         from bitdistill_core.engine.model import Engine
@@ -131,14 +131,27 @@ def classify(
         engine = Engine.load(packed_path(model), num_threads=num_threads)
         template = _task_template(engine, model, "classification", "use `bitdistill generate`")
         choices = [" " + word for word in template.label_words]
-        lines = (one for text in texts for one in (_stdin_lines() if text == "-" else [text]))
-        while group := list(islice(lines, TEXTS_AT_ONCE)):
-            prompts = [template.render_prompt(_row(template, text)) for text in group]
-            scores = engine.score(prompts, choices, truncate=True)
-            for text, row in zip(group, scores, strict=True):
+
+        def answer(group: list[tuple[str, str]]) -> None:
+            if not group:
+                return
+            scores = engine.score([prompt for _, prompt in group], choices, truncate=True)
+            for (text, _), row in zip(group, scores, strict=True):
                 probabilities = np.exp(row - np.logaddexp.reduce(row))
                 best = int(row.argmax())
                 print(f"{template.label_words[best]}\t{probabilities[best]:.3f}\t{text}", flush=True)
+
+        group: list[tuple[str, str]] = []
+        for place, text in _numbered(texts):
+            try:
+                group.append((text, _prompt(template, text)))
+            except ValueError as error:
+                answer(group)  # what came before it is not lost
+                raise ValueError(f"{place}: {error}") from None
+            if len(group) == batch_size:
+                answer(group)
+                group = []
+        answer(group)
 
 
 @app.command()
@@ -158,13 +171,13 @@ def generate(
     num_threads: Threads = 0,
 ) -> None:
     """Continue a prompt with a packed model, as it is computed."""
-    with one_line_errors():
+    with one_line_errors(resumes=False):
         from bitdistill_core.engine.model import Engine
 
         engine = Engine.load(packed_path(model), num_threads=num_threads, kv_dtype=kv_dtype)
         if in_task_prompt:
             template = _task_template(engine, model, "generation", "leave --task out")
-            prompt = template.render_prompt(_row(template, prompt))
+            prompt = _prompt(template, prompt)
         for piece in engine.generate(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -189,7 +202,7 @@ def bench(
     against: Annotated[Path | None, typer.Option(help="A checkpoint directory to run beside it in PyTorch.")] = None,
 ) -> None:
     """Measure prefill, decode, time to first token and memory. Interleaved rounds, medians."""
-    with one_line_errors():
+    with one_line_errors(resumes=False):
         from dataclasses import asdict
 
         from bitdistill_core import latency
@@ -217,7 +230,7 @@ def inspect(
     cpu: Annotated[bool, typer.Option("--cpu", help="Show this processor's kernels.")] = False,
 ) -> None:
     """Verify a packed file and show what is in it."""
-    with one_line_errors():
+    with one_line_errors(resumes=False):
         from bitdistill_core.engine.kernels import active_kernel, available_kernels, built_kernels
 
         content: dict[str, Any] = {}
@@ -266,23 +279,33 @@ def _task_template(engine: Any, model: Path, kind: Literal["classification", "ge
     return Template(kind=kind, prompt=task["prompt"], answer_column="answer", **fields)
 
 
-def _stdin_lines() -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+def _numbered(texts: list[str]) -> Iterator[tuple[str, str]]:
+    """Where each text is, and the text; for - the lines of stdin that are not empty."""
+    for number, text in enumerate(texts, 1):
+        if text != "-":
+            yield f"text {number}", text
+            continue
+        yield from ((f"line {i}", line.rstrip("\r\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
 
 
-def _row(template: Any, text: str) -> dict[str, Any]:
+def _prompt(template: Any, text: str) -> str:
+    """The task's prompt of one text; where it has several columns, of a JSON object."""
     from string import Formatter
 
-    columns = [field for _, field, _, _ in Formatter().parse(template.prompt) if field]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a text must be UTF-8; got {text[:80]!r}; convert it") from None
+    columns = list(dict.fromkeys(field for _, field, _, _ in Formatter().parse(template.prompt) if field))
     if len(columns) == 1:
-        return {columns[0]: text}
+        return str(template.render_prompt({columns[0]: text}))
     try:
         row = json.loads(text)
     except json.JSONDecodeError:
         row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"this task needs columns {', '.join(columns)}: give each text as a JSON object; got {text!r}")
-    return row
+    if not isinstance(row, dict) or not set(columns) <= row.keys():
+        raise ValueError(f"this task needs a JSON object with the columns {', '.join(columns)}; got {text[:200]!r}")
+    return str(template.render_prompt(row))
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """How every command ends when something is wrong: one line on stderr and an exit code, never a traceback."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,10 +9,20 @@ import typer
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A user's error, or the machine's, as one line on stderr and exit code 1."""
+def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
+    """A user's error, or the machine's, as one line on stderr and exit code 1.
+
+    Args:
+        resumes: the command goes on where it was interrupted.
+    """
     try:
         yield
+    except BrokenPipeError:  # the reader has enough, like head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except MemoryError as error:
+        typer.echo(f"error: out of memory: {error or 'a smaller batch, prompt or model is needed'}", err=True)
+        raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
@@ -18,5 +30,6 @@ def one_line_errors() -> Iterator[None]:
         typer.echo(f"error: this command needs the full install, and package {error.name} is missing", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command to go on from the last checkpoint", err=True)
+        remedy = "; run the same command to go on from the last checkpoint" if resumes else ""
+        typer.echo(f"interrupted{remedy}", err=True)
         raise typer.Exit(130) from None

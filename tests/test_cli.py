@@ -1,5 +1,8 @@
 """The command line: help fits a screen, an error is one line and exit code 1."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from bitdistill_core.cli import app
 from tests.conftest import ROOT
 from tests.test_docker import write_classifier
 
+BITDISTILL = Path(sys.executable).with_name("bitdistill")
 COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report", "tables", "cell", "estimate"]
 
 
@@ -88,6 +92,41 @@ def test_texts_to_classify_may_come_from_stdin(tmp_path: Path) -> None:
     alone = run("classify", str(model), "film 299")[1]
     assert alone.rstrip("\n") == out.splitlines()[300]
     assert {row[0] for row in rows} <= set(words)
+
+
+def test_a_bad_line_of_stdin_is_named_and_those_before_it_are_answered(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    prompt = "{a} and {b} and {a}:"
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": prompt, "label_words": ["bad", "good"]})
+    good = json.dumps({"a": "x", "b": "y"})
+    for wrong, message in {
+        '{"a": "x"}': 'error: line 4: this task needs a JSON object with the columns a, b; got \'{"a": "x"}\'',
+        '{"a": "x", "b": null}': "error: line 4: ",
+        "plain": "error: line 4: this task needs a JSON object with the columns a, b; got 'plain'",
+    }.items():
+        code, out, error = run("classify", str(model), "-", stdin=f"{good}\n\n{good}\n{wrong}\n{good}\n")
+        assert code == 1
+        assert error.startswith(message)
+        assert len(out.splitlines()) == 2
+
+
+def test_bytes_that_are_not_utf8_are_one_error(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{a}:", "label_words": ["bad", "good"]})
+    for command in ("classify", "generate"):
+        result = subprocess.run([BITDISTILL, command, model, b"a\xffb"], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{a}:", "label_words": ["bad", "good"]})
+    command = f"{BITDISTILL} classify {model} --batch-size 1 $(seq 2000) | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_of_a_text_longer_than_the_window_the_end_is_classified(tmp_path: Path) -> None:

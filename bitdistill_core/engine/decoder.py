@@ -16,6 +16,7 @@ from bitdistill_core.panels import panel_scales, unpack_base3
 Floats = NDArray[np.float32]
 
 KV_DTYPES = ("float32", "float16")
+NOT_FINITE = "a model must compute finite logits; got NaN or infinity: its weights overflow float32; train it again"
 
 
 class Decoder:
@@ -72,23 +73,32 @@ class Decoder:
         return self._native.forward(list(segments), list(parents or [-1] * len(segments)), list(outputs), cache)
 
     def row_logits(self, hidden: Floats, rows: Sequence[int]) -> Floats:
-        """(T, len(rows)) logits of some tokens of the vocabulary."""
-        return self._native.row_logits(hidden, list(rows))
+        """(T, len(rows)) logits of some tokens of the vocabulary. Raises ValueError where one is not finite."""
+        return _finite(self._native.row_logits(hidden, list(rows)))
 
     def logits(self, hidden: Floats) -> Floats:
-        """(T, V) logits."""
-        return self._native.logits(hidden)
+        """(T, V) logits. Raises ValueError where one is not finite."""
+        return _finite(self._native.logits(hidden))
 
     def top(self, hidden: Floats, count: int) -> list[tuple[int, float]]:
-        """The `count` largest (token, logit) of one hidden state (1, padded D), exactly those of `logits`."""
+        """The `count` largest (token, logit) of one hidden state (1, padded D), exactly those of `logits`.
+
+        Equal ones are in the order of their ids; with a soft cap, logits that only the cap makes equal stay in order.
+        """
         largest, _ = self._native.top(hidden, count)
         if not largest:
-            raise ValueError("the model computed no finite logits; its weights overflow float32")
+            raise ValueError(NOT_FINITE)
         return largest
 
     def top_statistics(self, hidden: Floats, count: int) -> tuple[int, int]:
         """How many rows `top` read in full, and how many it computed in float32."""
         return self._native.top(hidden, count)[1]
+
+
+def _finite(logits: Floats) -> Floats:
+    if not np.isfinite(logits).all():
+        raise ValueError(NOT_FINITE)
+    return logits
 
 
 def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Floats:

@@ -81,6 +81,8 @@ class Engine:
         labels without. Where every label is one token, no other row of the vocabulary is computed. A prompt that does
         not fit the window is an error; with `truncate` it loses its beginning (`prompt_ids`).
         """
+        _require_list(prompts, "prompts")
+        _require_list(labels, "labels")
         if not prompts or not labels:
             raise ValueError(
                 f"scoring needs a prompt and a label; got num_prompts={len(prompts)} num_labels={len(labels)}"
@@ -134,6 +136,7 @@ class Engine:
 
     def embed(self, texts: Sequence[str], pooling: Literal["last", "mean"] = "last") -> NDArray[np.float32]:
         """(B, D) final hidden state of each text's last token, or the mean over its tokens."""
+        _require_list(texts, "texts")
         if not texts or pooling not in ("last", "mean"):
             raise ValueError(
                 f"embedding needs a text and pooling last or mean; got num_texts={len(texts)} pooling={pooling}"
@@ -281,3 +284,8 @@ class Engine:
                 f"the {what} must fit max_position_embeddings={self.config.max_position_embeddings}; got "
                 f"num_tokens={length}; shorten the prompt"
             )
+
+
+def _require_list(texts: Sequence[str], what: str) -> None:
+    if isinstance(texts, str):  # a sequence of its characters, too
+        raise ValueError(f"{what} must be a list of strings; got one string, {texts[:40]!r}; put it in a list")

@@ -28,10 +28,11 @@ def choose_token(
     """One of `tokens`, which are in order of falling logits: all of the vocabulary, or the largest `top_k`."""
     if sampling.temperature == 0:
         return int(tokens[0])
-    scaled = logits / sampling.temperature
+    with np.errstate(over="ignore"):  # -inf at temperatures next to 0: only the largest remain
+        scaled = (logits - logits[0]) / sampling.temperature
     if sampling.top_k:
         tokens, scaled = tokens[: sampling.top_k], scaled[: sampling.top_k]
-    probabilities = np.exp(scaled - scaled[0])
+    probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
         before = np.cumsum(probabilities) - probabilities

@@ -20,8 +20,15 @@ class EngineTokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; `add_special_tokens` puts the model's own marks (often a BOS) around them."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`; `add_special_tokens` puts the model's own marks (often a BOS) around them.
+
+        Raises:
+            ValueError: bytes that are not UTF-8, which Python hands on as lone surrogates.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise ValueError(f"a text must be valid Unicode; got {text[:80]!r}; convert it to UTF-8") from None
 
     @cached_property
     def num_leading(self) -> int:

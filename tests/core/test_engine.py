@@ -276,6 +276,7 @@ def test_sampling_repeats_with_its_seed_and_is_greedy_in_the_limits(qwen3: tuple
     greedy = list(engine.generate_ids(PROMPT, 12))
     assert list(engine.generate_ids(PROMPT, 12, temperature=1.0, top_k=1)) == greedy
     assert list(engine.generate_ids(PROMPT, 12, temperature=1.0, top_p=1e-9)) == greedy
+    assert list(engine.generate_ids(PROMPT, 12, temperature=1e-320)) == greedy
     hot = list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=3))
     assert hot == list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=3)) != greedy
     assert hot != list(engine.generate_ids(PROMPT, 12, temperature=50.0, seed=4))
@@ -394,6 +395,10 @@ def test_clear_errors_for_input_the_engine_cannot_run(qwen3: tuple[Engine, nn.Mo
         Engine.load(engine.model.path, num_threads=-2)
     with pytest.raises(ValueError, match="to 1024; got num_threads=100000"):
         Engine.load(engine.model.path, num_threads=100000)
+    with pytest.raises(ValueError, match="prompts must be a list of strings; got one string, 'abc'"):
+        engine.score("abc", ["d"])
+    with pytest.raises(ValueError, match=r"a text must be valid Unicode; got 'a.udcff'"):
+        engine.score(["a\udcff"], ["d"])
     with pytest.raises(ValueError, match="kv_dtype must be one of float32, float16; got kv_dtype=int3"):
         Engine.load(engine.model.path, kv_dtype="int3")
     with pytest.raises(ValueError, match="num_texts=0 pooling=last"):

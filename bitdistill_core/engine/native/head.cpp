@@ -31,7 +31,7 @@ bool read_file(int file, uint64_t offset, std::size_t size, uint8_t* out) {
 }
 
 void require(bool read) {
-  if (!read) throw std::runtime_error("the packed file cannot be read any more: it was truncated or its disk failed");
+  if (!read) throw std::invalid_argument("the packed file cannot be read any more: it was truncated or its disk failed");
 }
 
 void read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8, float* scale) {

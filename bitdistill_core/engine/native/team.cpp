@@ -3,6 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
 
 namespace bitdistill {
 namespace {
@@ -31,14 +35,28 @@ uint64_t make_ticket(uint64_t step, int num_items) { return step << (2 * kItemBi
 Team::Team(int num_threads) : owner_(getpid()) {
   // More threads than cores: looking out would take the core from the one that works.
   spins_ = num_threads <= int(std::max(std::thread::hardware_concurrency(), 1u)) ? kSpins : 0;
-  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { look_out(thread); });
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { look_out(thread); });
+  } catch (const std::system_error&) {
+    const std::size_t started = workers_.size() + 1;
+    end();
+    throw std::invalid_argument("the system must be able to start every thread; got num_threads=" +
+                                std::to_string(num_threads) + ", started=" + std::to_string(started) +
+                                "; ask for fewer, or raise the limit of processes or memory");
+  }
 }
 
 Team::~Team() {
-  if (owner_ != getpid()) {  // a forked child: the threads are the parent's
-    for (std::thread& worker : workers_) worker.detach();
+  if (owner_ == getpid()) {
+    end();
     return;
   }
+  // A forked child: the threads are the parent's, and those asleep would be waited for.
+  for (std::thread& worker : workers_) worker.detach();
+  wake_.release();
+}
+
+void Team::end() {
   stop_.store(true);
   publish(make_ticket(step_of(ticket_.load()) + 1, 0));
   for (std::thread& worker : workers_) worker.join();
@@ -48,7 +66,7 @@ void Team::publish(uint64_t ticket) {
   ticket_.store(ticket);
   if (num_sleeping_.load() == 0) return;
   { const std::lock_guard<std::mutex> lock(sleep_); }  // a thread about to sleep has seen the ticket or sleeps now
-  wake_.notify_all();
+  wake_->notify_all();
 }
 
 void Team::run(int num_items, Function function, void* context) {
@@ -70,6 +88,13 @@ void Team::run(int num_items, Function function, void* context) {
       std::this_thread::yield();
     }
   }
+  if (!has_failed_.exchange(false)) return;
+  std::exception_ptr failure;
+  {
+    const std::lock_guard<std::mutex> lock(sleep_);
+    std::swap(failure, failure_);
+  }
+  std::rethrow_exception(failure);
 }
 
 void Team::take_items(uint64_t step, int thread) {
@@ -80,7 +105,13 @@ void Team::take_items(uint64_t step, int thread) {
     void* const context = context_.load(std::memory_order_relaxed);
     // If this succeeds, what was read above is the step's own: it cannot have ended without this item.
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-    function(context, next_item_of(ticket), thread);
+    try {
+      function(context, next_item_of(ticket), thread);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(sleep_);
+      if (!failure_) failure_ = std::current_exception();
+      has_failed_.store(true);
+    }
     num_done_.fetch_add(1, std::memory_order_release);
   }
 }
@@ -92,7 +123,7 @@ void Team::look_out(int thread) {
     if (step_of(ticket_.load()) == seen) {
       std::unique_lock<std::mutex> lock(sleep_);
       num_sleeping_.fetch_add(1);
-      wake_.wait(lock, [&] { return step_of(ticket_.load()) != seen; });
+      wake_->wait(lock, [&] { return step_of(ticket_.load()) != seen; });
       num_sleeping_.fetch_sub(1);
     }
     seen = step_of(ticket_.load());

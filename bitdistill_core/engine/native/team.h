@@ -6,6 +6,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,9 +19,10 @@ namespace bitdistill {
 // a thread looks out for work for some 50 microseconds, then sleeps, so a busy neighbour gets the core.
 //
 // run() may be called from several threads: while one step is shared out, another caller runs its items alone. In a
-// forked child, which has none of the threads, every caller does.
+// forked child, which has none of the threads, every caller does. What an item throws, run() throws when the step is over.
 class Team {
  public:
+  // Throws std::invalid_argument where the system does not start so many threads.
   explicit Team(int num_threads);
   ~Team();
   Team(const Team&) = delete;
@@ -41,6 +44,7 @@ class Team {
   // Does items of step `step` until none is left or the step is another.
   void take_items(uint64_t step, int thread);
   void publish(uint64_t ticket);
+  void end();  // of the threads
 
   // Step number, number of items, next item: one comparison shows that a step is still on and has this item.
   alignas(64) std::atomic<uint64_t> ticket_{0};
@@ -48,10 +52,11 @@ class Team {
   std::atomic<void*> context_{nullptr};
   alignas(64) std::atomic<int> num_done_{0};
   std::atomic<int> num_sleeping_{0};
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, has_failed_{false};
   std::mutex caller_;
   std::mutex sleep_;
-  std::condition_variable wake_;
+  std::unique_ptr<std::condition_variable> wake_ = std::make_unique<std::condition_variable>();
+  std::exception_ptr failure_;  // the first of a step; behind sleep_
   std::vector<std::thread> workers_;
   int spins_;
   pid_t owner_;
