@@ -90,7 +90,7 @@ def stage(
         from bitdistill_core.config import load_params, run_name
 
         if data_root is not None:
-            overrides = [*overrides, f"data.data_root={data_root}"]
+            overrides = [*overrides, f"data.data_root={json.dumps(data_root)}"]
         params = load_params(params_file, profile=profile, overrides=overrides, seed=seed)
         run_dir = runs_dir / run_name(profile, seed=seed, name=name)
         if stage_name == "track":

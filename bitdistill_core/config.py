@@ -51,6 +51,12 @@ class DataConfig(Section):
     def _template_matches_task(self) -> "DataConfig":
         if (self.task == "custom") != (self.template is not None):
             raise ValueError(f"data.template must be set exactly when data.task is custom; got task={self.task}")
+        wrong = {"train", self.train_split} & set(self.eval_splits)
+        if wrong:  # the training examples are kept under the name train
+            raise ValueError(
+                "data.eval_splits must be other splits than data.train_split, and none named train; "
+                f"got {sorted(wrong)}"
+            )
         if self.task != "custom" and self.task not in TEMPLATES:
             raise ValueError(f"data.task must be one of {', '.join(TEMPLATES)}, custom; got task={self.task}")
         return self
@@ -216,6 +222,11 @@ class PretrainConfig(BlocksSection, StudentTraining):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "PretrainConfig":
+        if self.task_loss_weight not in (0, 1) and not self.has_taught_loss:
+            raise ValueError(
+                "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
+                f"task_loss_weight={self.task_loss_weight} without any; set it to 1.0"
+            )
         if not self.task_loss_weight and not self.has_taught_loss:
             raise ValueError(
                 "pretrain needs a loss: one of task_loss_weight, logits_kd_weight and hidden_kd_weight above 0; "

@@ -76,6 +76,7 @@ def execute(
     directory: Path,
     work_root: Path,
     sources: Sequence[Path] = (),
+    reads_metrics: bool = False,
     report: Report = discard,
     **context: Any,
 ) -> Result:
@@ -87,9 +88,11 @@ def execute(
         inputs: a dataclass of stage directories.
         directory: where the result appears; work_root: where the stage works until then.
         sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
+        reads_metrics: the inputs' metrics, configuration and times count too, not only what they wrote.
         context: passed on; no part of the fingerprint (device, threads).
     """
-    digests = {name: digest_outputs(Path(path)) for name, path in asdict(inputs).items()}
+    digest = digest_manifest if reads_metrics else digest_outputs
+    digests = {name: digest(Path(path)) for name, path in asdict(inputs).items()}
     identity = {
         "stage": stage,
         "config": config.model_dump(mode="json"),
@@ -249,6 +252,12 @@ def digest_outputs(directory: Path) -> str:
     outputs = read_manifest(directory)["outputs"]
     content = {name: digest for name, digest in outputs.items() if name not in (METRICS, METRICS_LOG)}
     return _digest_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def digest_manifest(directory: Path) -> str:
+    """Digest of all that a finished stage says of itself."""
+    read_manifest(directory)
+    return digest_file(directory / MANIFEST)
 
 
 def _digest_bytes(content: bytes) -> str:

@@ -114,6 +114,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         directory=node.directory(run_dir),
         work_root=run_dir / ".work" / node.name,
         sources=sources,
+        reads_metrics=node.section == "report",
         report=report,
         device=device,
     )
@@ -133,7 +134,20 @@ def require_fit(params: Params, base_dir: Path) -> None:
     }
     if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
         lengths["pretrain.block_size"] = params.pretrain.block_size
+    surgery_section = params.surgery
+    if surgery_section.subln_gain == "preserve" or surgery_section.initializer != "none":
+        lengths["surgery.calibration_length"] = surgery_section.calibration_length
+    if params.data.resolved_template.kind == "generation":
+        lengths["evaluate.max_new_tokens + 1"] = params.evaluate.max_new_tokens + 1
     for key, length in lengths.items():
         require_window(model, length, key)
+    if surgery_section.weight_granularity == "block":
+        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        for width in (model.hidden_size, model.num_attention_heads * head_dim, model.intermediate_size):
+            if width % surgery_section.weight_block_size:
+                raise ValueError(
+                    f"surgery.weight_block_size must divide every layer's input width; got width={width}, "
+                    f"weight_block_size={surgery_section.weight_block_size}"
+                )
     if params.distill.attention_kd_weight:
         distill.layer_pairs(params.distill, model, model)

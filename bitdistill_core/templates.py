@@ -47,9 +47,13 @@ class Template(BaseModel):
     def _columns(self) -> list[str]:
         """The columns that the prompt names."""
         try:
-            return [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+            names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:
             raise ValueError(f"a template's braces must pair up; got prompt={self.prompt!r}: {error}") from None
+        for name in names:
+            if set(name) & set(".[]"):  # format would look into the value
+                raise ValueError(f"a template's columns must have names without . [ ]; got {name!r}; rename the column")
+        return names
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row. Raises ValueError for a column that the row lacks or leaves empty."""

@@ -178,7 +178,7 @@ def _require_finite(name: str, step: int, window: dict[str, float], grad_norm: f
         kept = _latest(work_dir)
         raise ValueError(
             f"{name} diverged at step={step + 1}: {', '.join(bad)} is not finite; the last good checkpoint is "
-            f"{kept.name if kept else 'none'}; lower {name}.learning_rate and run again"
+            f"{kept.name if kept else 'none'}; lower the learning_rate of {name} and run again"
         )
 
 

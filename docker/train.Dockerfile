@@ -24,7 +24,7 @@ FROM python:3.11-slim-bookworm
 # Named volumes take the owner of the directory they cover, so these exist in the image.
 RUN groupadd --gid 10001 bitdistill \
  && useradd --uid 10001 --gid 10001 --create-home bitdistill \
- && install -d -o 10001 -g 10001 /app /app/runs /mlflow /home/bitdistill/.cache/huggingface /home/bitdistill/.prefect \
+ && install -d -o 10001 -g 10001 /app /app/runs /app/results /mlflow /home/bitdistill/.cache/huggingface /home/bitdistill/.prefect \
  && chown -R 10001:10001 /home/bitdistill
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
@@ -37,6 +37,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     GIT_PYTHON_REFRESH=quiet \
     MLFLOW_DISABLE_TELEMETRY=true \
     PREFECT_HOME=/home/bitdistill/.prefect \
+    PREFECT_UI_STATIC_DIRECTORY=/home/bitdistill/.prefect/ui \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=120
 USER 10001:10001

@@ -1,20 +1,39 @@
-"""The temporary Prefect server of a flow that is started from a terminal."""
+"""The Prefect server of a flow that is started from a terminal."""
 
 import signal
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 
 
 def start_temporary_server() -> None:
-    """Starts a server that outlives Ctrl-C, unless one is configured.
+    """Starts a server that outlives Ctrl-C, unless one is configured; that one must answer.
 
     A terminal sends SIGINT to every process it started. A server that dies of it cannot record how the run ended, and
     Prefect would ask it for a minute. The server inherits the blocked signal; this process is unblocked again.
+
+    Raises:
+        ValueError: nothing answers at PREFECT_API_URL.
     """
-    if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+    if (url := PREFECT_API_URL.value()) is not None:
+        return _require_answer(url)
+    if PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             SubprocessASGIServer().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _require_answer(url: str) -> None:
+    try:
+        urlopen(f"{url.rstrip('/')}/health", timeout=10).close()
+    except HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the Prefect server must answer; got PREFECT_API_URL={url} ({error}); start it with "
+            "`prefect server start`, or unset the variable for a temporary one"
+        ) from None

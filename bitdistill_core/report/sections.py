@@ -118,7 +118,7 @@ def _agreement(run: Run, results: Mapping[str, Any]) -> Section:
 
 
 def _time(canvas: plots.Canvas, run: Run) -> Section:
-    text = "Packing and this report are not counted: the report does not read them."
+    text = "This report is not counted."
     figure = plots.time_figure(canvas, run.seconds())
     return Section("Time", paragraphs=[text], tables=[tables.time_table(run)], figures=[figure])
 

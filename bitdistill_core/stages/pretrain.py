@@ -39,11 +39,6 @@ def run(
             loss_fn = None
             if config.is_taught:
                 teacher, _ = training.load_teacher(inputs.base, config, device)
-            if config.task_loss_weight != 1.0 and not config.has_taught_loss:
-                raise ValueError(
-                    "pretrain.task_loss_weight weighs cross-entropy against distillation; got "
-                    f"task_loss_weight={config.task_loss_weight} without any; set it to 1.0"
-                )
             if blockwise_steps:
                 training.require_window(student.config, config.block_size, "pretrain.block_size")
                 metrics = training.train_blockwise(

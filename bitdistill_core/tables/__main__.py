@@ -38,7 +38,7 @@ def main() -> int:
             tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
         _render(plan, options.out, options.tables / "paper.csv")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 1 if outcome.failed else 2 if outcome.left else 0

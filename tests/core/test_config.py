@@ -64,6 +64,9 @@ def test_a_seed_replaces_every_seed() -> None:
         ("distill.gradient_accumulation=5", r"must divide batch_size; got gradient_accumulation=5, batch_size=32"),
         ("data.task=imdb", r"data\.task must be one of .*got task=imdb"),
         ("pretrain.task_loss_weight=0", r"pretrain needs a loss: one of task_loss_weight, .* above 0; got 0 for each"),
+        ("pretrain.task_loss_weight=0.5", r"got task_loss_weight=0\.5 without any; set it to 1\.0"),
+        ("data.eval_splits=[train]", r"and none named train; got \['train'\]"),
+        ("data.eval_splits=[validation,train]", r"data\.eval_splits must be other splits than data\.train_split"),
         ("pretrain.quantization_warmup=1.5", r"quantization_warmup: .*less than or equal to 1 \(got 1\.5\)"),
         ("distill.hidden_kd_weight=-1", r"distill\.hidden_kd_weight: .*greater than or equal to 0"),
         (

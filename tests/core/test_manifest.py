@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,24 @@ def test_a_changed_input_makes_the_stage_stale(tmp_path: Path) -> None:
     both(1)
     assert both(1).was_up_to_date
     assert not both(2).was_up_to_date
+
+
+def test_a_stage_that_reads_metrics_is_stale_when_only_they_changed(tmp_path: Path) -> None:
+    source, stage = Stage(), Stage()
+
+    def both(metrics_value: int, reads_metrics: bool) -> Result:
+        run(source, tmp_path, metrics_value)
+        directories = {"directory": tmp_path / "n", "work_root": tmp_path / "w"}
+        inputs = Inputs(tmp_path / "out")
+        return execute("next", stage, Config(value=0), inputs, reads_metrics=reads_metrics, **directories)
+
+    both(1, True)
+    assert both(1, True).was_up_to_date
+    shutil.rmtree(tmp_path / "out")  # made again: the same files, another time
+    assert not both(1, True).was_up_to_date
+    both(1, False)
+    shutil.rmtree(tmp_path / "out")
+    assert both(1, False).was_up_to_date
 
 
 def test_a_changed_source_file_makes_the_stage_stale(tmp_path: Path) -> None:

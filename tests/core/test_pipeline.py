@@ -17,6 +17,12 @@ from tests.conftest import ROOT
         ("bitnet_sft.max_length=600", "got bitnet_sft.max_length=600"),
         ("pretrain.block_size=600", "got pretrain.block_size=600"),
         ("benchmark.prompt_tokens=500", "benchmark.prompt_tokens \\+ new_tokens=5"),
+        (
+            "surgery.weight_granularity=block surgery.weight_block_size=80",
+            "must divide every layer's input width; got width=",
+        ),
+        ("surgery.subln_gain=preserve surgery.calibration_length=600", "got surgery.calibration_length=600"),
+        ("data.task=cnn_dailymail evaluate.max_new_tokens=256", "got evaluate.max_new_tokens \\+ 1=257"),
         ("distill.distill_layers=[9]", "distill.distill_layers must name layers of a model with num_layers=2; got 9"),
         ("distill.num_relation_heads=7", "distill.num_relation_heads must divide the query width"),
     ],
@@ -29,4 +35,4 @@ def test_what_the_base_model_does_not_have_is_refused(
 
     require_fit(params(), finished_run / "base")
     with pytest.raises(ValueError, match=message):
-        require_fit(params(override), finished_run / "base")
+        require_fit(params(*override.split()), finished_run / "base")

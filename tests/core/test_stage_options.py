@@ -113,12 +113,6 @@ def test_a_part_of_weight_0_is_not_computed(workshop: Workshop, student: Path) -
     assert not {"pretrain/task_loss", "pretrain/logits_kd"} & set(reported)
 
 
-def test_weighing_cross_entropy_against_nothing_is_refused(workshop: Workshop, student: Path) -> None:
-    inputs = {"student": student, "base": workshop.root / "base", "data": workshop.data}
-    with pytest.raises(ValueError, match=r"got task_loss_weight=0\.5 without any; set it to 1\.0"):
-        workshop.run(pretrain, section("pretrain", task_loss_weight=0.5), inputs, "pretrain")
-
-
 def test_no_tokens_leave_the_student_as_it_was(workshop: Workshop, student: Path) -> None:
     inputs = {"student": student, "base": workshop.root / "nothing", "data": workshop.data}
     after = workshop.run(pretrain, section("pretrain", num_tokens=0, logits_kd_weight=1.0), inputs, "pretrain").model()
