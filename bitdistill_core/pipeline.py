@@ -41,6 +41,11 @@ class Node:
         """The section of params.yaml that the stage reads."""
         return self.name.partition("@")[0]
 
+    @property
+    def reads_metrics(self) -> bool:
+        """Whether the stage reads what others reported, not only what they wrote."""
+        return self.name == "report"
+
     def directory(self, run_dir: Path) -> Path:
         """Where its result lies: STAGE/ or STAGE/METHOD/ below the run."""
         return run_dir / self.name.replace("@", "/")
@@ -114,7 +119,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         directory=node.directory(run_dir),
         work_root=run_dir / ".work" / node.name,
         sources=sources,
-        reads_metrics=node.section == "report",
+        reads_metrics=node.reads_metrics,
         report=report,
         device=device,
     )

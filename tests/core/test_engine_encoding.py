@@ -34,7 +34,7 @@ def test_expanded_panels_are_those_of_the_twin_on_64_byte_addresses(twins: tuple
     names = [name for name in two_bit.model.tensors if name.endswith(".w_packed")]
     assert names
     for name in names:
-        expanded = base3._decoder.linears[name]
+        expanded = base3._decoder.arrays[name]
         np.testing.assert_array_equal(expanded, two_bit.model.tensors[name])
         assert expanded.ctypes.data % 64 == 0
 
