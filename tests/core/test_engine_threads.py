@@ -46,6 +46,7 @@ def test_threads_that_cannot_be_started_are_one_error(tmp_path: Path) -> None:
         text=True,
         timeout=60,
         check=False,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # NumPy's threads count too
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
     )
     assert result.returncode == 1
