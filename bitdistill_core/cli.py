@@ -290,13 +290,11 @@ def _numbered(texts: list[str]) -> Iterator[tuple[str, str]]:
 
 def _prompt(template: Any, text: str) -> str:
     """The task's prompt of one text; where it has several columns, of a JSON object."""
-    from string import Formatter
-
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"a text must be UTF-8; got {text[:80]!r}; convert it") from None
-    columns = list(dict.fromkeys(field for _, field, _, _ in Formatter().parse(template.prompt) if field))
+    columns = template.columns
     if len(columns) == 1:
         return str(template.render_prompt({columns[0]: text}))
     try:

@@ -51,14 +51,18 @@ class DataConfig(Section):
     def _template_matches_task(self) -> "DataConfig":
         if (self.task == "custom") != (self.template is not None):
             raise ValueError(f"data.template must be set exactly when data.task is custom; got task={self.task}")
+        if self.task != "custom" and self.task not in TEMPLATES:
+            raise ValueError(f"data.task must be one of {', '.join(TEMPLATES)}, custom; got task={self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> "DataConfig":
         wrong = {"train", self.train_split} & set(self.eval_splits)
         if wrong:  # the training examples are kept under the name train
             raise ValueError(
                 "data.eval_splits must be other splits than data.train_split, and none named train; "
                 f"got {sorted(wrong)}"
             )
-        if self.task != "custom" and self.task not in TEMPLATES:
-            raise ValueError(f"data.task must be one of {', '.join(TEMPLATES)}, custom; got task={self.task}")
         return self
 
     @property
@@ -158,6 +162,11 @@ class SurgeryConfig(Section):
     calibration_sequences: int = Field(gt=0)
     calibration_length: int = Field(gt=1)  # tokens a sequence
     seed: int = Field(ge=0)  # of the choice of texts
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether texts go through the student."""
+        return self.initializer != "none" or self.subln_gain != "one"
 
     @model_validator(mode="after")
     def _scale_fits(self) -> "SurgeryConfig":

@@ -91,8 +91,7 @@ def execute(
         reads_metrics: the inputs' metrics, configuration and times count too, not only what they wrote.
         context: passed on; no part of the fingerprint (device, threads).
     """
-    digest = digest_manifest if reads_metrics else digest_outputs
-    digests = {name: digest(Path(path)) for name, path in asdict(inputs).items()}
+    digests = {name: digest_stage(Path(path))[reads_metrics] for name, path in asdict(inputs).items()}
     identity = {
         "stage": stage,
         "config": config.model_dump(mode="json"),
@@ -247,17 +246,11 @@ def _replace_directory(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def digest_outputs(directory: Path) -> str:
-    """Digest of what a finished stage wrote; its metrics, which hold times, do not count."""
+def digest_stage(directory: Path) -> tuple[str, str]:
+    """Digests of a finished stage: of what it wrote without its metrics, which hold times; of all it says of itself."""
     outputs = read_manifest(directory)["outputs"]
     content = {name: digest for name, digest in outputs.items() if name not in (METRICS, METRICS_LOG)}
-    return _digest_bytes(json.dumps(content, sort_keys=True).encode())
-
-
-def digest_manifest(directory: Path) -> str:
-    """Digest of all that a finished stage says of itself."""
-    read_manifest(directory)
-    return digest_file(directory / MANIFEST)
+    return _digest_bytes(json.dumps(content, sort_keys=True).encode()), digest_file(directory / MANIFEST)
 
 
 def _digest_bytes(content: bytes) -> str:

@@ -11,6 +11,7 @@ from types import ModuleType
 from bitdistill_core import checkpoint
 from bitdistill_core.config import Params
 from bitdistill_core.manifest import Report, Result, discard, execute
+from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import (
     base,
@@ -139,20 +140,15 @@ def require_fit(params: Params, base_dir: Path) -> None:
     }
     if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
         lengths["pretrain.block_size"] = params.pretrain.block_size
-    surgery_section = params.surgery
-    if surgery_section.subln_gain == "preserve" or surgery_section.initializer != "none":
-        lengths["surgery.calibration_length"] = surgery_section.calibration_length
+    if params.surgery.is_calibrated:
+        lengths["surgery.calibration_length"] = params.surgery.calibration_length
     if params.data.resolved_template.kind == "generation":
         lengths["evaluate.max_new_tokens + 1"] = params.evaluate.max_new_tokens + 1
     for key, length in lengths.items():
         require_window(model, length, key)
-    if surgery_section.weight_granularity == "block":
-        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        for width in (model.hidden_size, model.num_attention_heads * head_dim, model.intermediate_size):
-            if width % surgery_section.weight_block_size:
-                raise ValueError(
-                    f"surgery.weight_block_size must divide every layer's input width; got width={width}, "
-                    f"weight_block_size={surgery_section.weight_block_size}"
-                )
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    widths = {"o_proj": model.num_attention_heads * head_dim, "down_proj": model.intermediate_size}
+    for name, width in {"q_proj": model.hidden_size, **widths}.items():
+        require_divisible(surgery.weight_quantizer(params.surgery), width, name)
     if params.distill.attention_kd_weight:
         distill.layer_pairs(params.distill, model, model)

@@ -30,7 +30,7 @@ class Template(BaseModel):
     def _consistent(self) -> "Template":
         if self.prompt != self.prompt.rstrip():
             raise ValueError(f"a template's prompt must not end in white space; got prompt={self.prompt!r}")
-        if not self._columns:
+        if not self.columns:
             raise ValueError(f"a template's prompt must name a column in braces; got prompt={self.prompt!r}")
         if self.kind == "classification" and len(set(self.label_words)) < 2:
             raise ValueError(f"classification needs at least 2 different label_words; got {self.label_words}")
@@ -44,8 +44,8 @@ class Template(BaseModel):
         return self
 
     @cached_property
-    def _columns(self) -> list[str]:
-        """The columns that the prompt names."""
+    def columns(self) -> list[str]:
+        """The columns that the prompt names, each once."""
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:
@@ -53,11 +53,11 @@ class Template(BaseModel):
         for name in names:
             if set(name) & set(".[]"):  # format would look into the value
                 raise ValueError(f"a template's columns must have names without . [ ]; got {name!r}; rename the column")
-        return names
+        return list(dict.fromkeys(names))
 
     def render_prompt(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row. Raises ValueError for a column that the row lacks or leaves empty."""
-        return self.prompt.format_map({name: _one_line(self._value(row, name)) for name in self._columns})
+        return self.prompt.format_map({name: _one_line(self._value(row, name)) for name in self.columns})
 
     def render_answer(self, row: Mapping[str, Any]) -> str:
         """The answer of a row, with its leading space. Raises ValueError as `label` does, or for an empty text."""

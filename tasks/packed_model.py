@@ -4,7 +4,6 @@ MLflow finds `_load_pyfunc` by name (the model's loader_module). No mlflow impor
 """
 
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +29,6 @@ class PackedModel:
         self.template = Template(
             kind=task["kind"], prompt=task["prompt"], label_words=self.label_words, answer_column="label"
         )
-        fields = [field for _, field, _, _ in Formatter().parse(task["prompt"]) if field]
-        self.columns = list(dict.fromkeys(fields))
 
     def predict(self, data: "pd.DataFrame", params: dict[str, Any] | None = None) -> "pd.DataFrame":
         """Columns `label` and `probability`, or `text` for a generation task, one row for each of `data`.
@@ -53,8 +50,8 @@ class PackedModel:
         return pd.DataFrame({"label": labels, "probability": probabilities.max(axis=1)}, index=data.index)
 
     def _row(self, row: dict[Any, Any]) -> dict[str, Any]:
-        if len(self.columns) == 1 and "text" in row:
-            return {self.columns[0]: row["text"]}
+        if len(self.template.columns) == 1 and "text" in row:
+            return {self.template.columns[0]: row["text"]}
         return row
 
 

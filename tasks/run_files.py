@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill_core.config import Params
-from bitdistill_core.manifest import MANIFEST, digest_manifest, digest_outputs
+from bitdistill_core.manifest import MANIFEST, digest_stage
 from bitdistill_core.pipeline import NODES, Node
 
 
@@ -44,15 +44,15 @@ def current_manifests(run_dir: Path, params: Params) -> dict[str, dict[str, Any]
     Raises:
         ValueError: a file of such a stage is missing or changed.
     """
-    digests: dict[tuple[bool, str], str] = {}  # by whether metrics count, and stage
+    digests: dict[str, tuple[str, str]] = {}
     current: dict[str, dict[str, Any]] = {}
     for node in NODES:
         directory = node.directory(run_dir)
         if not is_finished(node, run_dir) or not set(node.inputs.values()) <= set(current):
             continue
         manifest = read_manifest(directory)
-        inputs = {field: digests[node.reads_metrics, source] for field, source in node.inputs.items()}
+        inputs = {field: digests[source][node.reads_metrics] for field, source in node.inputs.items()}
         if manifest["inputs"] == inputs and manifest["config"] == section_of(node, params):
             current[node.name] = manifest
-            digests[False, node.name], digests[True, node.name] = digest_outputs(directory), digest_manifest(directory)
+            digests[node.name] = digest_stage(directory)
     return current

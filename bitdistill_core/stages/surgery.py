@@ -43,7 +43,7 @@ def run(
         "surgery/num_sub_norms": float(sum(c.has_sub_norm for c in changes)),
         "surgery/num_ternary_weights": float(sum(c.in_features * c.out_features for c in changes)),
     }
-    if config.initializer != "none" or config.subln_gain != "one":
+    if config.is_calibrated:
         metrics.update(_calibrate(model, tokenizer, config, inputs.data, out_dir, device))
     checkpoint.save_model(model, tokenizer, out_dir)
     (out_dir / "surgery.json").write_text(json.dumps([asdict(c) for c in changes], indent=1) + "\n")

@@ -91,19 +91,19 @@ def test_a_changed_input_makes_the_stage_stale(tmp_path: Path) -> None:
 def test_a_stage_that_reads_metrics_is_stale_when_only_they_changed(tmp_path: Path) -> None:
     source, stage = Stage(), Stage()
 
-    def both(metrics_value: int, reads_metrics: bool) -> Result:
-        run(source, tmp_path, metrics_value)
+    def both(reads_metrics: bool) -> Result:
+        run(source, tmp_path)
         directories = {"directory": tmp_path / "n", "work_root": tmp_path / "w"}
         inputs = Inputs(tmp_path / "out")
         return execute("next", stage, Config(value=0), inputs, reads_metrics=reads_metrics, **directories)
 
-    both(1, True)
-    assert both(1, True).was_up_to_date
+    both(True)
+    assert both(True).was_up_to_date
     shutil.rmtree(tmp_path / "out")  # made again: the same files, another time
-    assert not both(1, True).was_up_to_date
-    both(1, False)
+    assert not both(True).was_up_to_date
+    both(False)
     shutil.rmtree(tmp_path / "out")
-    assert both(1, False).was_up_to_date
+    assert both(False).was_up_to_date
 
 
 def test_a_changed_source_file_makes_the_stage_stale(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
         ("benchmark.prompt_tokens=500", "benchmark.prompt_tokens \\+ new_tokens=5"),
         (
             "surgery.weight_granularity=block surgery.weight_block_size=80",
-            "must divide every layer's input width; got width=",
+            "must divide every layer's input width; got layer=q_proj, width=",
         ),
         ("surgery.subln_gain=preserve surgery.calibration_length=600", "got surgery.calibration_length=600"),
         ("data.task=cnn_dailymail evaluate.max_new_tokens=256", "got evaluate.max_new_tokens \\+ 1=257"),
