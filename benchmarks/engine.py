@@ -184,7 +184,8 @@ def environment(num_threads: int) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
     fields = {key.strip(): value.strip() for key, value in cpu.items()}
-    wanted = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_tile")
+    avx512 = ("avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+    wanted = ("avx2", "fma", "f16c", "avx_vnni", *avx512, "amx_int8", "amx_tile")
     flags = set(fields.get("flags", "").split())
     packages = ("bitdistill", "numpy", "torch", "transformers", "llama-cpp-python", "gguf")
     found: dict[str, Any] = {
@@ -227,6 +228,7 @@ def run(name: str, *, peers: Sequence[str], num_rounds: int, num_threads: int, c
         _say(line)
     _say(f"models in {shapes.folder(cache_dir, name)}; the first time they are written, which takes minutes")
     surroundings = environment(num_threads)
+    surroundings["code_bits"] = shapes.code_bits(name, surroundings["kernel"])
     found = configurations(name, installed, cache_dir, num_threads)
     files = {configuration.name: Path(configuration.source) for configuration in found if configuration.is_file}
     for path in files.values():

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
+from bitdistill_core.engine.kernels import streams_base3
 from bitdistill_core.packing import FORMAT_VERSION, Int8Rows, TernaryLinear, write_student
+from bitdistill_core.panels import base3_shape
 
 WEIGHT_SCALE = 2.0**-5  # exact in every format, near the usual 0.02 * sqrt(3 / 2)
 EMBEDDING_STD = 0.02
@@ -178,6 +181,14 @@ def _tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
+def code_bits(name: str, kernel: str) -> float:
+    """Bits of a ternary weight as `kernel` streams the packed student."""
+    if not streams_base3(kernel):
+        return 2.0
+    linears = linear_layers(student_config(name)).values()
+    return 8 * sum(math.prod(base3_shape(layer.n, layer.k)) for layer in linears) / sum(x.n * x.k for x in linears)
+
+
 def _write_packed(path: Path, name: str) -> None:
     config = student_config(name)
     rows = embedding(config.vocab_size, config.hidden_size)
@@ -197,6 +208,7 @@ def _write_packed(path: Path, name: str) -> None:
         embeddings={EMBEDDING: Int8Rows(np.rint(rows, out=rows).astype(np.int8), row_scale)},
         norms={norm: np.ones(size, np.float32) for norm, size in norm_layers(config).items()},
         tokenizer_json=_tokenizer_json(),
+        encoding="base3",
         created_by="bitdistill benchmarks",
     )
 

@@ -299,7 +299,7 @@ class PackConfig(Section):
     """params.yaml section `pack`."""
 
     verify_examples: int = Field(ge=1)  # prompts on which the packed model's logits must be the student's
-    encoding: Literal["2bit", "base3"]  # of the ternary codes in the file: four or five a byte
+    encoding: Literal["2bit", "base3"]  # of the ternary codes in the file
 
 
 class EvaluateConfig(Section):

@@ -18,34 +18,37 @@ Ternary weights, uint8 (ceil(N / 16), ceil(K / 16), 64), for codes w_ternary + 1
         code(k = j) + 4 code(k = 4 + j) + 16 code(k = 8 + j) + 64 code(k = 12 + j)   of row r, k counted from 16 S.
     Rows and columns beyond N and K have code 1 (weight 0): a line of padding is 64 times 0x55.
 
-Five codes a byte, in files only: `w_base3`, uint8 (4 ceil(B / 5),) for the B bytes of `w_packed` in their order:
+The same codes in base 3, three in five bits: `w_base3`, uint8 (ceil(N / 16), bytes of a panel).
 
-    w_base3[4 g + p] = sum over i = 0..4 of 3^i * (code in plane p of byte 5 g + i),   at most 242
+    A panel is its blocks of columns one after the other, as many as a row has scales. A block is a group of 320 bytes
+    for every six lines, and then the lines that are left, as above. With 24 steps of 4 columns, step s = k // 4 in its
+    group, element e = 4 r + j of step s is the code of row r, column k = 4 s + j, and of 8 x 64 values
 
-    So the four planes of five bytes are four bytes. Bytes beyond B are taken for padding, code 1.
+        value(i, e) = code(step 3 i, e) + 3 code(step 3 i + 1, e) + 9 code(step 3 i + 2, e),   at most 26
 
-INT8 rows, u = w_int8 + 128, split so that the output head can scan five bits of every row and read the other three of
-the few rows that matter. V rows of D columns, both padded with u = 128, in groups of 32 columns:
+    line 0..3, byte e:   lower four bits of value(2 line, e) in bits 0 to 3, of value(2 line + 1, e) in bits 4 to 7
+    line 4, byte e:      bit i is the fifth bit of value(i, e)
+
+INT8 rows, u = w_int8 + 128, split so that the output head can scan five bits of every row, look at the sixth of those
+that matter, and read the last two of the few that still do. V rows of D columns, both padded with u = 128, in groups of
+32 columns:
 
     scan, uint8 (ceil(V / 16), ceil(D / 32), 320): 16 rows x 32 k as four lines of nibbles u >> 4, one line of bits
         nibble line i = 0..3, byte 4 r + b:   low nibble k = 8 i + b, high nibble k = 8 i + 4 + b, of row r
         bit line, byte 4 r + b:               bit j is u >> 3 & 1 of k = 4 j + b, j = 0..7
-    rest, uint8 (V, ceil(D / 32), 12): bits 0, 1 and 2 of u, four bytes each, laid out as row r of the bit line
+    next, uint8 (V, ceil(D / 32), 4): bit 2 of u, laid out as row r of the bit line
+    rest, uint8 (V, ceil(D / 32), 8): bits 0 and 1 of u, four bytes each, likewise
 """
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 PANEL_ROWS, LINE_K, LINE_BYTES = 16, 16, 64
-GROUP_K, SCAN_GROUP_BYTES, REST_GROUP_BYTES = 32, 320, 12
+GROUP_K, SCAN_GROUP_BYTES, NEXT_GROUP_BYTES, REST_GROUP_BYTES = 32, 320, 4, 8
 
-BASE3_CODES, BASE3_VALUES = 5, 3**5  # codes of a byte, and how many values it may have
-PADDING = 0x55  # a byte of `w_packed` that holds four codes 1
+BASE3_LINES, BASE3_BYTES = 6, 320  # lines of a group, and its bytes
 
 BLOCK_PANELS = 1024  # panels of INT8 rows coded at once
-BLOCK_GROUPS = 1 << 15  # groups of five bytes expanded at once: what stays in the cache
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int]:
@@ -53,14 +56,21 @@ def packed_shape(n: int, k: int) -> tuple[int, int, int]:
     return -(-n // PANEL_ROWS), -(-k // LINE_K), LINE_BYTES
 
 
-def base3_shape(n: int, k: int) -> tuple[int]:
-    """Shape of `w_base3` for N = n rows of K = k columns."""
-    return (-(-math.prod(packed_shape(n, k)) // BASE3_CODES) * 4,)
+def base3_shape(n: int, k: int, num_blocks: int = 1) -> tuple[int, int]:
+    """Shape of `w_base3` for N = n rows of K = k columns in blocks of whole lines."""
+    panels, lines, _ = packed_shape(n, k)
+    groups, rest = divmod(lines // num_blocks, BASE3_LINES)
+    return panels, num_blocks * (groups * BASE3_BYTES + rest * LINE_BYTES)
 
 
 def scan_shape(vocab_size: int, size: int) -> tuple[int, int, int]:
     """Shape of `scan` for V rows of D columns."""
     return -(-vocab_size // PANEL_ROWS), -(-size // GROUP_K), SCAN_GROUP_BYTES
+
+
+def next_shape(vocab_size: int, size: int) -> tuple[int, int, int]:
+    """Shape of `next` for V rows of D columns."""
+    return vocab_size, -(-size // GROUP_K), NEXT_GROUP_BYTES
 
 
 def rest_shape(vocab_size: int, size: int) -> tuple[int, int, int]:
@@ -99,54 +109,22 @@ def unpack_ternary(w_packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.in
     return codes.astype(np.int8) - 1
 
 
-def pack_base3(w_packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`w_base3` of `w_packed`."""
-    groups = np.full((-(-w_packed.size // BASE3_CODES), BASE3_CODES), PADDING, np.uint8)
-    groups.reshape(-1)[: w_packed.size] = w_packed.reshape(-1)
-    w_base3 = np.zeros((len(groups), 4), np.uint8)
-    for plane in range(4):
-        for i in range(BASE3_CODES):
-            w_base3[:, plane] += (groups[:, i] >> 2 * plane & 3) * np.uint8(3**i)
-    return w_base3.reshape(-1)
-
-
-def unpack_base3(w_base3: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint8]:
-    """The `w_packed` of N = n by K = k that `pack_base3` was given, on a 64-byte address.
-
-    Raises:
-        ValueError: another shape, or a byte that no five codes give.
-    """
-    if w_base3.shape != base3_shape(n, k):
-        raise ValueError(f"w_base3 of n={n} k={k} has shape {base3_shape(n, k)}; got shape={w_base3.shape}")
-    if w_base3.max() >= BASE3_VALUES:
-        raise ValueError(
-            f"five ternary codes are a byte below {BASE3_VALUES}; got byte={w_base3.max()}; the bytes are corrupted; "
-            "pack it again"
-        )
-    planes = w_base3.reshape(-1, 4)
-    buffer = np.empty(len(planes) * BASE3_CODES + LINE_BYTES, np.uint8)
-    expanded = buffer[-buffer.ctypes.data % LINE_BYTES :][: len(planes) * BASE3_CODES]
-    groups = expanded.reshape(-1, BASE3_CODES)
-    for begin in range(0, len(planes), BLOCK_GROUPS):
-        block = planes[begin : begin + BLOCK_GROUPS]
-        words = _WORDS[0].take(block[:, 0])
-        for plane in range(1, 4):
-            words |= _WORDS[plane].take(block[:, plane])
-        groups[begin : begin + BLOCK_GROUPS] = words.view(np.uint8).reshape(-1, 8)[:, :BASE3_CODES]
-    shape = packed_shape(n, k)
-    return expanded[: math.prod(shape)].reshape(shape)
-
-
-def _base3_words() -> NDArray[np.uint64]:
-    """(4, 243) for each plane and byte of `w_base3`: its five codes in that plane of the word's bytes 0 to 4."""
-    words = np.zeros((4, BASE3_VALUES), "<u8")
-    for plane in range(4):
-        for i in range(BASE3_CODES):
-            words[plane] |= (np.arange(BASE3_VALUES, dtype=np.uint64) // 3**i % 3) << np.uint64(8 * i + 2 * plane)
-    return words
-
-
-_WORDS = _base3_words()
+def pack_base3(w_packed: NDArray[np.uint8], num_blocks: int = 1) -> NDArray[np.uint8]:
+    """`w_base3` of `w_packed`, its lines in `num_blocks` blocks."""
+    panels, lines, _ = w_packed.shape
+    if num_blocks < 1 or lines % num_blocks:
+        raise ValueError(f"a block is whole lines of {LINE_K} weights; got lines={lines} num_blocks={num_blocks}")
+    blocks = w_packed.reshape(panels, num_blocks, lines // num_blocks, LINE_BYTES)
+    groups, rest = divmod(lines // num_blocks, BASE3_LINES)
+    grouped = blocks[:, :, : groups * BASE3_LINES].reshape(panels, num_blocks, groups, BASE3_LINES, LINE_BYTES)
+    steps = np.stack([grouped >> 2 * plane & 3 for plane in range(4)], axis=4)  # panel, block, group, line, plane, e
+    codes = steps.reshape(panels, num_blocks, groups, 8, 3, LINE_BYTES)
+    values = codes[..., 0, :] + 3 * codes[..., 1, :] + 9 * codes[..., 2, :]
+    nibbles = values[..., 0::2, :] & 15 | (values[..., 1::2, :] & 15) << 4
+    bits = np.packbits(values >> 4, axis=-2, bitorder="little")
+    coded = np.concatenate((nibbles, bits), axis=-2).reshape(panels, num_blocks, groups * BASE3_BYTES)
+    left = blocks[:, :, groups * BASE3_LINES :].reshape(panels, num_blocks, rest * LINE_BYTES)
+    return np.concatenate((coded, left), axis=-1).reshape(panels, -1)
 
 
 def panel_scales(weight_scale: NDArray[np.float32], n: int) -> NDArray[np.float32]:
@@ -161,14 +139,15 @@ def panel_scales(weight_scale: NDArray[np.float32], n: int) -> NDArray[np.float3
     return scales
 
 
-def pack_int8_rows(w_int8: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """`scan` and `rest` of (V, D) rows."""
+def pack_int8_rows(w_int8: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """`scan`, `next` and `rest` of (V, D) rows."""
     if w_int8.ndim != 2 or 0 in w_int8.shape or w_int8.dtype != np.int8:
         raise ValueError(
             f"packing needs an int8 matrix (V, D) that is not empty; got dtype={w_int8.dtype} shape={w_int8.shape}"
         )
     size = w_int8.shape[1]
-    scan, rest = np.empty(scan_shape(*w_int8.shape), np.uint8), np.empty(rest_shape(*w_int8.shape), np.uint8)
+    shapes = (shape(*w_int8.shape) for shape in (scan_shape, next_shape, rest_shape))
+    scan, next_bits, rest = (np.empty(shape, np.uint8) for shape in shapes)
     groups = scan.shape[1]
     for panel in range(0, len(scan), BLOCK_PANELS):
         rows = w_int8[panel * PANEL_ROWS : (panel + BLOCK_PANELS) * PANEL_ROWS]
@@ -182,21 +161,25 @@ def pack_int8_rows(w_int8: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray
         part = scan[panel : panel + panels]
         part[..., : 4 * LINE_BYTES] = nibbles.reshape(panels, groups, 4 * LINE_BYTES)
         part[..., 4 * LINE_BYTES :] = line.reshape(panels, groups, LINE_BYTES)
-        rest[panel * PANEL_ROWS :][: len(rows)] = np.concatenate(bits[:3], axis=-1)[: len(rows)]
-    return scan, rest
+        next_bits[panel * PANEL_ROWS :][: len(rows)] = bits[2][: len(rows)]
+        rest[panel * PANEL_ROWS :][: len(rows)] = np.concatenate(bits[:2], axis=-1)[: len(rows)]
+    return scan, next_bits, rest
 
 
-def unpack_int8_rows(scan: NDArray[np.uint8], rest: NDArray[np.uint8], size: int) -> NDArray[np.int8]:
+def unpack_int8_rows(
+    scan: NDArray[np.uint8], next_bits: NDArray[np.uint8], rest: NDArray[np.uint8], size: int
+) -> NDArray[np.int8]:
     """The (V, D) rows that `pack_int8_rows` packed, D = `size`."""
     vocab_size, groups, _ = rest.shape
-    if scan.shape != scan_shape(vocab_size, size) or rest.shape != rest_shape(vocab_size, size):
-        raise ValueError(f"scan and rest do not fit size={size}; got shapes {scan.shape} and {rest.shape}")
+    shapes = scan.shape, next_bits.shape, rest.shape
+    if shapes != tuple(shape(vocab_size, size) for shape in (scan_shape, next_shape, rest_shape)):
+        raise ValueError(f"scan, next and rest do not fit size={size}; got shapes {shapes}")
     nibbles = scan[..., : 4 * LINE_BYTES].reshape(len(scan), groups, 4, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
     high = np.stack((nibbles & 15, nibbles >> 4), axis=4).reshape(-1, groups * GROUP_K)[:vocab_size]
     line = scan[..., 4 * LINE_BYTES :].reshape(len(scan), groups, PANEL_ROWS, 4).transpose(0, 2, 1, 3)
     u = high << 4 | _spread_bits(line.reshape(-1, groups, 4)[:vocab_size]) << 3
-    for bit in range(3):
-        u |= _spread_bits(rest[..., 4 * bit : 4 * bit + 4]) << bit
+    for bit, plane in enumerate((rest[..., :4], rest[..., 4:], next_bits)):
+        u |= _spread_bits(plane) << bit
     return (u[:, :size] ^ 0x80).view(np.int8)
 
 

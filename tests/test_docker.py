@@ -210,6 +210,7 @@ def write_classifier(path: Path, task: dict[str, Any]) -> None:
         },
         norms={name: np.ones(size, np.float32) for name, size in norms.items()},
         tokenizer_json=tokenizer.to_str().encode(),
+        encoding="base3",
         created_by="test 1",
         task=task,
     )

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
-from bitdistill_core.engine.kernels import _native
+from bitdistill_core.engine.kernels import _native, expand_base3, is_sound, streams_base3
 from bitdistill_core.engine.memory import part_of
+from bitdistill_core.engine.tensors import CODES
 from bitdistill_core.packing import PackedModel
-from bitdistill_core.panels import panel_scales, unpack_base3
+from bitdistill_core.panels import panel_scales
 
 Floats = NDArray[np.float32]
 
@@ -26,7 +28,7 @@ class Decoder:
         self.model = model  # keeps the map and the file
         config = model.config
         # Read, not mapped, are norms and biases too: a mapped one may bring megabytes of its neighbours into memory.
-        self.arrays = _linear_arrays(model) | {
+        self.arrays = _linear_arrays(model, kernel, num_threads) | {
             name: model.read(name)
             for name in model.tensors
             if part_of(name) == "norms_biases_scales" and not name.endswith(".weight_scale")
@@ -91,7 +93,7 @@ class Decoder:
         return largest
 
     def top_statistics(self, hidden: Floats, count: int) -> tuple[int, int]:
-        """How many rows `top` read in full, and how many it computed in float32."""
+        """Of how many rows `top` read the sixth bit, and how many it read whole and computed in float32."""
         return self._native.top(hidden, count)[1]
 
 
@@ -122,28 +124,31 @@ def _llama3_frequencies(frequencies: Floats, rope: dict[str, Any]) -> Floats:
     return np.where(wavelengths < context / high, frequencies, slowed).astype(np.float32)
 
 
-def _linear_arrays(model: PackedModel) -> dict[str, np.ndarray]:
-    """By tensor name, `w_packed` and `weight_scale` of every linear layer as the kernels read them.
+def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[str, np.ndarray]:
+    """By tensor name, codes and `weight_scale` of every linear layer as the kernels read them.
 
-    Codes are views of the map, or expanded from base3, a layer at a time; scales are copies.
+    Codes are views of the map, or expanded from base 3 for a kernel that does not stream it; scales are copies.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for name, linear in linear_layers(model.config).items():
-        if model.encoding == "base3":
-            try:
-                w_packed = unpack_base3(model.read(f"{name}.w_base3"), linear.n, linear.k)
-            except ValueError as error:
-                raise ValueError(f"path={model.path}: {error} (tensor={name}.w_base3)") from None
-        else:
-            w_packed = model.tensors[f"{name}.w_packed"]
-            if _native.has_code_3(w_packed.reshape(-1)):
-                raise ValueError(
-                    f"path={model.path} is corrupted: tensor={name}.w_packed holds code 3, no ternary weight; pack it "
-                    "again"
-                )
-        arrays[f"{name}.w_packed"] = w_packed
-        arrays[f"{name}.weight_scale"] = panel_scales(model.read(f"{name}.weight_scale"), linear.n)
-    return arrays
+    must_expand = model.encoding == "base3" and not streams_base3(kernel)
+
+    def arrays_of(name: str, linear: LinearLayer) -> dict[str, np.ndarray]:
+        tensor = f"{name}.{CODES[model.encoding]}"
+        scale = model.read(f"{name}.weight_scale")
+        num_blocks = scale.shape[1] if scale.ndim == 2 else 1
+        codes = model.read(tensor) if must_expand else model.tensors[tensor]
+        if not is_sound(codes, linear.n, linear.k, num_blocks):
+            raise ValueError(
+                f"path={model.path} is corrupted: tensor={tensor} holds codes that are no ternary weights; pack it "
+                "again"
+            )
+        if must_expand:
+            tensor, codes = f"{name}.w_packed", expand_base3(codes, linear.n, linear.k, num_blocks)
+        return {tensor: codes, f"{name}.weight_scale": panel_scales(scale, linear.n)}
+
+    linears = linear_layers(model.config)
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = list(pool.map(arrays_of, linears, linears.values()))
+    return {name: array for arrays in found for name, array in arrays.items()}
 
 
 def _native_config(config: EngineConfig) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _native_layers(config: EngineConfig, tensors: dict[str, np.ndarray]) -> list
 
 def _native_linear(name: str, linear: LinearLayer, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
-        "w_packed": tensors[f"{name}.w_packed"],
+        "codes": tensors[f"{name}.w_packed" if f"{name}.w_packed" in tensors else f"{name}.w_base3"],
         "weight_scale": tensors[f"{name}.weight_scale"],
         "bias": tensors.get(f"{name}.bias"),
         "input_norm": tensors.get(f"{name}.input_norm.weight"),
@@ -186,11 +191,14 @@ def _native_linear(name: str, linear: LinearLayer, tensors: dict[str, np.ndarray
 def _rows(model: PackedModel, name: str) -> dict[str, Any]:
     return {
         "scan": model.tensors[f"{name}.scan"],
+        "next": model.tensors[f"{name}.next"],
         "row_scale": model.tensors[f"{name}.row_scale"],
         "row_norm": model.tensors[f"{name}.row_norm"],
-        "rest_norm": model.tensors[f"{name}.rest_norm"],
+        "scan_error": model.tensors[f"{name}.scan_error"],
+        "next_error": model.tensors[f"{name}.next_error"],
         "file": model.file.fileno(),
         "scan_offset": model.offsets[f"{name}.scan"],
+        "next_offset": model.offsets[f"{name}.next"],
         "rest_offset": model.offsets[f"{name}.rest"],
         "scale_offset": model.offsets[f"{name}.row_scale"],
         "vocab_size": model.config.vocab_size,

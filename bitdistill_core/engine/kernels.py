@@ -1,11 +1,12 @@
 """The native ternary kernels, validated: Python checks types, shapes and memory order, C++ trusts its caller."""
 
+import math
 import os
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS, panel_scales
+from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS, base3_shape, packed_shape, panel_scales
 
 try:
     from bitdistill_core.engine import _native
@@ -54,31 +55,52 @@ def resolve_num_threads(num_threads: int) -> int:
     return os.cpu_count() or 1
 
 
+def streams_base3(kernel: str) -> bool:
+    """Whether `kernel` multiplies `w_base3` as it lies in the file; the others need `expand_base3`."""
+    return _native.streams_base3(kernel)
+
+
+def is_sound(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> bool:
+    """Whether `w_packed` or `w_base3` of N = n by K = k holds nothing but ternary codes."""
+    _check_codes(codes, n, k, num_blocks)
+    return _native.is_sound(codes, n, k, num_blocks)
+
+
+def expand_base3(w_base3: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> NDArray[np.uint8]:
+    """The `w_packed` that `w_base3` holds, on a 64-byte address. Wrong codes, see `is_sound`, give wrong codes."""
+    _check_codes(w_base3, n, k, num_blocks)
+    shape = packed_shape(n, k)
+    buffer = np.empty(math.prod(shape) + LINE_BYTES, np.uint8)
+    w_packed = buffer[-buffer.ctypes.data % LINE_BYTES :][: math.prod(shape)].reshape(shape)
+    _native.expand_base3(w_base3, num_blocks, w_packed, k)
+    return w_packed
+
+
 def ternary_matmul(
-    x: NDArray[np.int8], w_packed: NDArray[np.uint8], n: int, *, kernel: str | None = None, num_threads: int = 1
+    x: NDArray[np.int8], codes: NDArray[np.uint8], n: int, *, kernel: str | None = None, num_threads: int = 1
 ) -> NDArray[np.int32]:
     """Exact integer sums out[t, n] = sum over k of x[t, k] * w_ternary[n, k].
 
     Args:
-        x: (T, K) int8, C-contiguous. K may be shorter than the packed K by less than 16: it is padded with zeros.
-        w_packed: (ceil(N / 16), ceil(K / 16), 64) uint8, C-contiguous, the layout of `bitdistill_core.packing`.
+        x: (T, K) int8, C-contiguous.
+        codes: `w_packed`, or `w_base3` for a kernel that streams it, C-contiguous: the layouts of
+            `bitdistill_core.panels`.
         n: N, rows of the unpadded matrix.
         num_threads: 0 for every core. The sums are the same at any number.
     Returns:
         (T, N) int32; a view that drops the padded rows.
     """
     _check_array("x", x, np.dtype(np.int8), 2)
-    padded_k = _check_packed(w_packed, n, x.shape)
-    if x.shape[1] < padded_k:
-        x = np.pad(x, ((0, 0), (0, padded_k - x.shape[1])))
-    out = np.empty((x.shape[0], len(w_packed) * PANEL_ROWS), np.int32)
-    _native.ternary_matmul(x, w_packed, out, resolve_kernel(kernel), resolve_num_threads(num_threads))
+    _check_codes(codes, n, x.shape[1], 1)
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % LINE_K)))
+    out = np.empty((x.shape[0], len(codes) * PANEL_ROWS), np.int32)
+    _native.ternary_matmul(x, codes, out, _kernel_for(codes, kernel), resolve_num_threads(num_threads))
     return out[:, :n]
 
 
 def ternary_linear(
     x: NDArray[np.float32],
-    w_packed: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
     weight_scale: NDArray[np.float32],
     n: int,
     *,
@@ -89,13 +111,12 @@ def ternary_linear(
 
     Args:
         x: (T, K), rounded here to x_scale[t] * x_int8, x_scale = absmax / 127.
-        w_packed: as in `ternary_matmul`.
+        codes: as in `ternary_matmul`.
         weight_scale: (), (N,), or (N, G) where K / G is a multiple of 16.
     Returns:
         (T, N); blocks add up in float32, in their order. The same bits for a token alone and beside any others.
     """
     _check_array("x", x, np.dtype(np.float32), 2)
-    _check_packed(w_packed, n, x.shape)
     blocks = weight_scale.shape[1:] if weight_scale.ndim == 2 else (1,)
     is_whole = blocks[0] == 1 or (blocks[0] > 0 and x.shape[1] % (blocks[0] * LINE_K) == 0)
     if weight_scale.dtype != np.float32 or weight_scale.shape not in ((), (n,), (n, *blocks)) or not is_whole:
@@ -103,26 +124,31 @@ def ternary_linear(
             f"weight_scale must be float32 of shape (), ({n},) or ({n}, G) with K / G a multiple of {LINE_K}; got "
             f"dtype={weight_scale.dtype} shape={weight_scale.shape} k={x.shape[1]}"
         )
-    out = np.empty((x.shape[0], len(w_packed) * PANEL_ROWS), np.float32)
+    _check_codes(codes, n, x.shape[1], blocks[0])
+    out = np.empty((x.shape[0], len(codes) * PANEL_ROWS), np.float32)
     scales = panel_scales(weight_scale, n)
-    _native.ternary_linear(x, w_packed, scales, out, resolve_kernel(kernel), resolve_num_threads(num_threads))
+    _native.ternary_linear(x, codes, scales, out, _kernel_for(codes, kernel), resolve_num_threads(num_threads))
     return out[:, :n]
 
 
-def _check_packed(w_packed: NDArray[np.uint8], n: int, x_shape: tuple[int, ...]) -> int:
-    """The packed K of a matrix of n rows, once it fits x (T, K)."""
-    _check_array("w_packed", w_packed, np.dtype(np.uint8), 3)
-    num_panels, num_lines, line_bytes = w_packed.shape
-    if line_bytes != LINE_BYTES:
-        raise ValueError(f"w_packed must have lines of {LINE_BYTES} bytes; got shape={w_packed.shape}")
-    if not (num_panels - 1) * PANEL_ROWS < n <= num_panels * PANEL_ROWS:
-        raise ValueError(f"n must fit the {num_panels} panels of 16 rows in w_packed; got n={n}")
-    padded_k = num_lines * LINE_K
-    if not padded_k - LINE_K < x_shape[1] <= padded_k:
-        raise ValueError(f"x must fit w_packed, packed for K up to {padded_k}; got x of shape={x_shape}")
-    if padded_k > _native.MAX_K:
-        raise ValueError(f"the sums are exact for K up to {_native.MAX_K}; got K={padded_k}")
-    return padded_k
+def _kernel_for(codes: NDArray[np.uint8], kernel: str | None) -> str:
+    """`kernel`, once it reads `codes`."""
+    resolved = resolve_kernel(kernel)
+    if codes.ndim == 2 and not streams_base3(resolved):
+        raise ValueError(f"kernel={resolved} does not stream base 3; expand it with expand_base3")
+    return resolved
+
+
+def _check_codes(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int) -> None:
+    is_base3 = isinstance(codes, np.ndarray) and codes.ndim == 2
+    _check_array("w_base3" if is_base3 else "w_packed", codes, np.dtype(np.uint8), 2 if is_base3 else 3)
+    if not 0 < k <= _native.MAX_K:
+        raise ValueError(f"the sums are exact for K from 1 to {_native.MAX_K}; got K={k}")
+    if num_blocks > 1 and k % (num_blocks * LINE_K):
+        raise ValueError(f"a block must be a multiple of {LINE_K} weights; got k={k} num_blocks={num_blocks}")
+    shape = base3_shape(n, k, num_blocks) if is_base3 else packed_shape(n, k)
+    if n < 1 or codes.shape != shape:
+        raise ValueError(f"codes of n={n} k={k} in num_blocks={num_blocks} have shape={shape}; got shape={codes.shape}")
 
 
 def _check_array(name: str, array: np.ndarray, dtype: np.dtype, ndim: int) -> None:

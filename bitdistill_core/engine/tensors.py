@@ -6,24 +6,26 @@ from typing import Any, Literal
 import numpy as np
 
 from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
-from bitdistill_core.panels import LINE_K, base3_shape, packed_shape, rest_shape, scan_shape
+from bitdistill_core.panels import LINE_K, base3_shape, next_shape, packed_shape, rest_shape, scan_shape
 
 TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
 
 UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 
-Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with five of them a byte
+Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with three in five bits
+CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}  # by encoding, the end of the tensors' names
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 def encoding_of(tensors: Mapping[str, np.ndarray]) -> Encoding:
     """How the tensors of a packed file hold ternary codes."""
-    return "base3" if any(name.endswith(".w_base3") for name in tensors) else "2bit"
+    return "base3" if any(name.endswith(CODES["base3"]) for name in tensors) else "2bit"
 
 
 def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError, naming `source`, unless `tensors` are those of `config`."""
-    expected = _expected_tensors(config, encoding_of(tensors))
+    encoding = encoding_of(tensors)
+    expected = _expected_tensors(config, encoding, None)
     scales = [f"{name}.weight_scale" for name in linear_layers(config)]
     missing = [name for name in (*expected, *scales, *BLOBS) if name not in tensors]
     if missing:
@@ -36,14 +38,14 @@ def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.nd
         raise ValueError(
             f"{source} has {len(unexpected)} tensors unknown to its config; first unexpected tensor={unexpected[0]}"
         )
-    for name, (dtype, shape) in expected.items():
+    block_size = _check_scales(source, config, tensors)
+    for name, (dtype, shape) in _expected_tensors(config, encoding, block_size).items():
         tensor = tensors[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(
                 f"{source} does not fit its config: tensor={name} needs dtype={dtype} shape={shape}; "
                 f"got dtype={tensor.dtype} shape={tensor.shape}"
             )
-    _check_scales(source, config, tensors)
 
 
 def check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -55,12 +57,16 @@ def check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def _expected_tensors(config: EngineConfig, encoding: Encoding) -> Expected:
-    """Name to dtype and shape of every tensor of a packed file but the weight scales and the blobs."""
+def _expected_tensors(config: EngineConfig, encoding: Encoding, block_size: int | None) -> Expected:
+    """Name to dtype and shape of every tensor of a packed file but the weight scales and the blobs.
+
+    `block_size`: of weights that share a scale, where a row has several.
+    """
     expected: Expected = {}
     for name, linear in linear_layers(config).items():
         if encoding == "base3":
-            expected[f"{name}.w_base3"] = UINT8, base3_shape(linear.n, linear.k)
+            num_blocks = linear.k // block_size if block_size else 1
+            expected[f"{name}.w_base3"] = UINT8, base3_shape(linear.n, linear.k, num_blocks)
         else:
             expected[f"{name}.w_packed"] = UINT8, packed_shape(linear.n, linear.k)
         if linear.has_bias:
@@ -71,14 +77,15 @@ def _expected_tensors(config: EngineConfig, encoding: Encoding) -> Expected:
         expected[f"{name}.weight"] = FLOAT32, (size,)
     for name in ("model.embed_tokens",) if config.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
         expected[f"{name}.scan"] = UINT8, scan_shape(config.vocab_size, config.hidden_size)
+        expected[f"{name}.next"] = UINT8, next_shape(config.vocab_size, config.hidden_size)
         expected[f"{name}.rest"] = UINT8, rest_shape(config.vocab_size, config.hidden_size)
-        for scalars in ("row_scale", "row_norm", "rest_norm"):
+        for scalars in ("row_scale", "row_norm", "scan_error", "next_error"):
             expected[f"{name}.{scalars}"] = FLOAT32, (config.vocab_size,)
     return expected
 
 
-def _check_scales(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Every scale is (), (N,) or (N, K / block_size), with one block size for all layers: some share an input."""
+def _check_scales(source: str, config: EngineConfig, tensors: Mapping[str, np.ndarray]) -> int | None:
+    """The block size: scales are (), (N,) or (N, K / block_size), with one for all layers, as some share an input."""
     first: tuple[str, int | None] | None = None
     for name, layer in linear_layers(config).items():
         scale = tensors[f"{name}.weight_scale"]
@@ -103,6 +110,7 @@ def _check_scales(source: str, config: EngineConfig, tensors: Mapping[str, np.nd
                 f"a packed model has one block size; got linear={first[0]} block_size={first[1]} and linear={name} "
                 f"block_size={block_size} ({source}); quantise every layer alike"
             )
+    return first[1] if first else None
 
 
 def _is_of_blocks(shape: tuple[int, ...], n: int, k: int) -> bool:

@@ -82,7 +82,8 @@ def _measure(plan: Plan, base: Path) -> dict[str, Any]:
     prompt_tokens = min(settings["prompt_tokens"], window - settings["new_tokens"])
     with TemporaryDirectory() as directory:
         packed = Path(directory) / PACKED
-        pack_model(model, tokenizer.backend_tokenizer.to_str().encode(), packed, task={"name": "none"}, encoding="2bit")
+        tokenizer_json, encoding = tokenizer.backend_tokenizer.to_str().encode(), plan.defaults["pack"]["encoding"]
+        pack_model(model, tokenizer_json, packed, task={"name": "none"}, encoding=encoding)
         del model
         threads = torch.get_num_threads()
         timings = latency.measure(

@@ -352,7 +352,7 @@ def test_info_counts_what_is_in_the_file(qwen3: tuple[Engine, nn.Module]) -> Non
     dense = sum(parameter.numel() for parameter in model.parameters())
     assert info["num_parameters"] == info["num_ternary_parameters"] + dense
     groups = -(-48 // 32)  # of 32 columns; 260 rows are 17 panels
-    assert info["bytes"]["embedding"] == 17 * groups * 320 + VOCAB_SIZE * (groups * 12 + 3 * 4)
+    assert info["bytes"]["embedding"] == 17 * groups * 320 + VOCAB_SIZE * (groups * 12 + 4 * 4)
     assert info["bytes"]["lm_head"] == 0
     assert sum(info["bytes"].values()) < info["file_bytes"]
     assert (info["model_type"], info["num_layers"], info["num_threads"]) == ("qwen3", 3, 1)

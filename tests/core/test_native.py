@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bitdistill_core.engine import kernels
-from bitdistill_core.panels import pack_ternary
+from bitdistill_core.panels import pack_base3, pack_ternary
 
 ROWS = (1, 15, 16, 17, 33)
 COLUMNS = (1, 4, 15, 16, 17, 100, 4096)
@@ -93,6 +93,38 @@ def test_a_linear_layer_equals_numpy_for_every_granularity(kernel: str, n: int, 
                 np.testing.assert_array_equal(out, expected)
 
 
+STREAMS_BASE3 = [kernel for kernel in EVERY_KERNEL if kernels.streams_base3(kernel)]
+
+
+@pytest.mark.parametrize("kernel", STREAMS_BASE3)
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("k", [80, 95, 96, 100, 191, 192, 1000, 4096])
+def test_base_three_is_multiplied_as_its_twin(kernel: str, n: int, k: int) -> None:
+    for tokens in TOKENS:
+        x, w_ternary = random_case(n, k, tokens)
+        w_base3 = pack_base3(pack_ternary(w_ternary))
+        for num_threads in (1, 3):
+            sums = kernels.ternary_matmul(x, w_base3, n, kernel=kernel, num_threads=num_threads)
+            np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
+
+
+@pytest.mark.parametrize("kernel", STREAMS_BASE3)
+@pytest.mark.parametrize(("k", "blocks"), [(100, 0), (1000, 1), (192, 2), (336, 3), (4096, 8), (480, 30)])
+def test_a_linear_layer_of_base_three_equals_numpy(kernel: str, k: int, blocks: int) -> None:
+    for tokens in (1, 3, 4, 9):
+        x, w_ternary, weight_scale = linear_case(33, k, tokens, (33, blocks) if blocks else ())
+        w_base3 = pack_base3(pack_ternary(w_ternary), max(blocks, 1))
+        out = kernels.ternary_linear(x, w_base3, weight_scale, 33, kernel=kernel, num_threads=2)
+        np.testing.assert_array_equal(out, linear_output(x, w_ternary, weight_scale))
+
+
+def test_a_kernel_that_does_not_stream_base_three_says_so() -> None:
+    w_base3 = pack_base3(pack_ternary(np.ones((16, 96), np.int8)))
+    for kernel in set(EVERY_KERNEL) - set(STREAMS_BASE3):
+        with pytest.raises(ValueError, match=f"kernel={kernel} does not stream base 3; expand it"):
+            kernels.ternary_matmul(np.ones((1, 96), np.int8), w_base3, 16, kernel=kernel)
+
+
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
 @pytest.mark.parametrize("blocks", [1, 3, 30])
 def test_a_token_gets_the_same_bits_alone_and_beside_others(kernel: str, blocks: int) -> None:
@@ -142,7 +174,7 @@ def test_a_team_ends_whatever_its_threads_are_at() -> None:
     script = (
         "import numpy as np\n"
         "from bitdistill_core.engine import kernels\n"
-        "from bitdistill_core.panels import pack_ternary\n"
+        "from bitdistill_core.panels import pack_base3, pack_ternary\n"
         "x, packed = np.ones((1, 16), np.int8), pack_ternary(np.ones((64, 16), np.int8))\n"
         "for _ in range(10_000):\n"
         "    kernels.ternary_matmul(x, packed, 64, num_threads=8)\n"
@@ -186,16 +218,18 @@ def test_rejects_arguments_the_kernel_would_misread() -> None:
     with pytest.raises(ValueError, match="x must be a NumPy array of dtype int8 with 2 dimensions; got dtype=float64"):
         kernels.ternary_matmul(x.astype(float), packed, 17)
     with pytest.raises(ValueError, match="w_packed must be a NumPy array of dtype uint8 with 3 dimensions"):
+        kernels.ternary_matmul(x, packed.reshape(-1), 17)
+    with pytest.raises(ValueError, match=r"n=17 k=32 in num_blocks=1 have shape=\(2, 128\); got shape=\(4, 64\)"):
         kernels.ternary_matmul(x, packed.reshape(-1, 64), 17)
     with pytest.raises(ValueError, match="x must be C-contiguous"):
         kernels.ternary_matmul(np.asfortranarray(x), packed, 17)
-    with pytest.raises(ValueError, match=r"x must fit w_packed, packed for K up to 32; got x of shape=\(2, 16\)"):
+    with pytest.raises(ValueError, match=r"codes of n=17 k=16 .* have shape=\(2, 1, 64\); got shape=\(2, 2, 64\)"):
         kernels.ternary_matmul(np.ascontiguousarray(x[:, :16]), packed, 17)
-    with pytest.raises(ValueError, match="n must fit the 2 panels of 16 rows in w_packed; got n=16"):
+    with pytest.raises(ValueError, match="codes of n=16 k=32"):
         kernels.ternary_matmul(x, packed, 16)
-    with pytest.raises(ValueError, match="lines of 64 bytes"):
+    with pytest.raises(ValueError, match=r"got shape=\(2, 2, 32\)"):
         kernels.ternary_matmul(x, np.zeros((2, 2, 32), np.uint8), 17)
     with pytest.raises(ValueError, match=r"kernel must be one of .*scalar.* on this processor; got kernel=neon9"):
         kernels.ternary_matmul(x, packed, 17, kernel="neon9")
-    with pytest.raises(ValueError, match="exact for K up to"):
+    with pytest.raises(ValueError, match="exact for K from 1 to"):
         kernels.ternary_matmul(np.zeros((1, 2**22 + 16), np.int8), np.zeros((1, 2**18 + 1, 64), np.uint8), 1)

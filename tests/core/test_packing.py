@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from bitdistill_core import packing
 from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
+from bitdistill_core.engine.kernels import expand_base3
 from bitdistill_core.packing import Int8Rows, TernaryLinear, read_packed, write_student
-from bitdistill_core.panels import unpack_base3, unpack_int8_rows, unpack_ternary
+from bitdistill_core.panels import unpack_int8_rows, unpack_ternary
 
 TINY = {
     "model_type": "qwen3",
@@ -36,12 +37,15 @@ TINY = {
 
 # Every input width is a multiple of 16, the smallest block.
 WHOLE_LINES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+# Rows of groups of base 3 and lines beside them, also within blocks of BASE3_BLOCK weights.
+BASE3_BLOCK = 112
+BASE3_GROUPS = {"hidden_size": 2 * BASE3_BLOCK, "intermediate_size": 3 * BASE3_BLOCK, "head_dim": BASE3_BLOCK}
 
 
 def student_arguments(
-    seed: int = 0, *, granularity: str = "tensor", encoding: str = "2bit", **changes: Any
+    seed: int = 0, *, granularity: str = "tensor", block_size: int = 16, encoding: str = "2bit", **changes: Any
 ) -> dict[str, Any]:
-    """What the pack stage hands to `write_student`, with random codes; blocks are of 16 weights."""
+    """What the pack stage hands to `write_student`, with random codes."""
     generator = np.random.default_rng(seed)
     config = engine_config(TINY | changes)
     engine = EngineConfig.from_dict(config)
@@ -49,7 +53,7 @@ def student_arguments(
         name: TernaryLinear(
             generator.integers(-1, 2, (layer.n, layer.k)).astype(np.int8),
             generator.uniform(
-                0.2, 0.6, {"tensor": (), "row": (layer.n,), "block": (layer.n, layer.k // 16)}[granularity]
+                0.2, 0.6, {"tensor": (), "row": (layer.n,), "block": (layer.n, layer.k // block_size)}[granularity]
             ).astype(np.float32),
             generator.standard_normal(layer.n).astype(np.float32) if layer.has_bias else None,
             np.ones(layer.k, np.float32) if layer.has_input_norm else None,
@@ -93,8 +97,9 @@ def with_metadata(path: Path, **changes: str) -> None:
     join_file(path, header, data)
 
 
-def test_a_base_three_file_holds_the_same_codes_in_four_fifths_of_the_bytes(tmp_path: Path) -> None:
-    arguments = student_arguments(**WHOLE_LINES)
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_a_base_three_file_holds_the_same_codes_in_fewer_bytes(tmp_path: Path, granularity: str) -> None:
+    arguments = student_arguments(granularity=granularity, block_size=BASE3_BLOCK, **BASE3_GROUPS)
     for encoding in ("2bit", "base3"):
         write_student(tmp_path / encoding, **arguments | {"encoding": encoding})
     two_bit, base3 = read_packed(tmp_path / "2bit"), read_packed(tmp_path / "base3")
@@ -102,9 +107,22 @@ def test_a_base_three_file_holds_the_same_codes_in_four_fifths_of_the_bytes(tmp_
     assert not [name for name in base3.tensors if name.endswith(".w_packed")]
     for name, linear in arguments["linears"].items():
         w_packed, w_base3 = two_bit.tensors[f"{name}.w_packed"], base3.tensors[f"{name}.w_base3"]
-        assert 0 <= w_base3.nbytes - 0.8 * w_packed.nbytes < 4
-        np.testing.assert_array_equal(unpack_base3(base3.read(f"{name}.w_base3"), *linear.w_ternary.shape), w_packed)
+        n, k = linear.w_ternary.shape
+        num_blocks = 1 if granularity == "tensor" else k // BASE3_BLOCK
+        groups = num_blocks * (k // num_blocks // 96)
+        assert w_packed.nbytes - w_base3.nbytes == n // 16 * groups * (6 * 64 - 320) > 0
+        np.testing.assert_array_equal(expand_base3(w_base3, n, k, num_blocks), w_packed)
+        assert w_base3.ctypes.data % 64 == 0
     assert base3.tensors["model.embed_tokens.scan"].ctypes.data % 64 == 0
+
+
+def test_base_three_needs_blocks_of_whole_lines(tmp_path: Path) -> None:
+    arguments = student_arguments(granularity="block", block_size=56, encoding="base3", **BASE3_GROUPS)
+    with pytest.raises(
+        ValueError, match=r"whole lines of 16 weights; got lines=14 num_blocks=4 \(in linear="
+    ):
+        write_student(tmp_path / "m", **arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_both_encodings_is_refused(tmp_path: Path) -> None:
@@ -169,12 +187,13 @@ def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln
         assert (f"{name}.input_norm.weight" in model.tensors) == (linear.input_norm is not None)
         assert (f"{name}.bias" in model.tensors) == (linear.bias is not None)
     rows = arguments["embeddings"]["model.embed_tokens"]
-    scan, rest = model.tensors["model.embed_tokens.scan"], model.tensors["model.embed_tokens.rest"]
-    np.testing.assert_array_equal(unpack_int8_rows(scan, rest, rows.w_int8.shape[1]), rows.w_int8)
+    parts = [model.tensors[f"model.embed_tokens.{part}"] for part in ("scan", "next", "rest")]
+    np.testing.assert_array_equal(unpack_int8_rows(*parts, rows.w_int8.shape[1]), rows.w_int8)
     codes = rows.w_int8.astype(np.float64)
     row_norm = np.linalg.norm(codes, axis=1)
-    rest_norm = np.linalg.norm((codes + 128) % 8 - 3.5, axis=1)
-    for name, norm in {"row_norm": row_norm, "rest_norm": rest_norm}.items():
+    errors = {part: np.linalg.norm((codes + 128) % n - (n - 1) / 2, axis=1) for part, n in (("scan", 8), ("next", 4))}
+    norms = {"row_norm": row_norm, "scan_error": errors["scan"], "next_error": errors["next"]}
+    for name, norm in norms.items():
         stored = model.tensors[f"model.embed_tokens.{name}"].astype(np.float64)
         assert (stored >= norm).all()
         np.testing.assert_allclose(stored, norm, rtol=1e-6)
@@ -185,7 +204,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "3"
+        assert file.metadata()["format_version"] == "4"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -268,7 +287,7 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
     with_metadata(packed_file, format_version="1")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=3; got format_version=1"):
+    with pytest.raises(ValueError, match=r"this engine reads format_version=4; got format_version=1"):
         read_packed(packed_file)
 
 

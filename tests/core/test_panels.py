@@ -1,11 +1,14 @@
 """The byte layouts, bit by bit and by round trip."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdistill_core import panels
+from bitdistill_core.engine.kernels import expand_base3, is_sound
 from bitdistill_core.panels import (
     base3_shape,
     pack_base3,
@@ -13,7 +16,6 @@ from bitdistill_core.panels import (
     pack_ternary,
     packed_shape,
     panel_scales,
-    unpack_base3,
     unpack_int8_rows,
     unpack_ternary,
 )
@@ -86,40 +88,59 @@ def test_scales_lie_panel_by_panel_then_block_by_block() -> None:
     np.testing.assert_array_equal(panel_scales(np.array(3, np.float32), 19), np.full((1, 1, 16), 3, np.float32))
 
 
-def test_five_bytes_of_a_line_are_four_bytes_of_base_three() -> None:
-    w_packed = np.full((1, 1, 64), 0b01_01_01_01, np.uint8)
-    w_packed[0, 0, :5] = [0b10_00_01_00, 0b10_00_01_01, 0b10_00_01_10, 0b10_00_01_01, 0b10_00_01_10]
-    w_base3 = pack_base3(w_packed)
-    assert w_base3.shape == base3_shape(16, 16) == (52,)
-    assert w_base3[:4].tolist() == [0 + 3 * 1 + 9 * 2 + 27 * 1 + 81 * 2, 121, 0, 242]
-    assert (w_base3[4:] == 121).all()  # code 1, and so is what fills up the last group
+def test_a_group_of_base_three_bit_by_bit() -> None:
+    w_ternary = np.full((16, 100), -1, np.int8)  # code 0
+    w_ternary[2, 4 * 7 + 1] = 1  # step 7 = 3 * 2 + 1, element 9: value 2 is 3 * 2 = 6, line 1, low nibble
+    w_ternary[2, 4 * 17 + 1] = 1  # step 17 = 3 * 5 + 2, element 9: value 5 is 9 * 2 = 18, line 2, high nibble, bit 5
+    w_ternary[15, 4 * 23 + 3] = 0  # step 23 = 3 * 7 + 2, element 63: value 7 is 9, line 3, high nibble
+    w_ternary[0, 96] = 1  # in the line that is left, byte 0, plane 0
+    w_base3 = pack_base3(pack_ternary(w_ternary))
+    assert w_base3.shape == base3_shape(16, 100) == (1, 320 + 64)
+    expected = np.zeros(384, np.uint8)
+    expected[[64 + 9, 128 + 9, 256 + 9, 192 + 63]] = [6, (18 & 15) << 4, 1 << 5, 9 << 4]
+    expected[320:] = 0b01_01_01_00  # columns 100 to 111 are padding, code 1
+    expected[320] = 0b01_01_01_10
+    np.testing.assert_array_equal(w_base3[0], expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 70), k=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_base_three_gives_back_the_packed_bytes(n: int, k: int, seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), lines=st.integers(1, 14), blocks=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_base_three_expands_to_the_packed_bytes(n: int, lines: int, blocks: int, seed: int) -> None:
+    k = 16 * lines * blocks - (seed % 16 if blocks == 1 else 0)
     w_packed = pack_ternary(np.random.default_rng(seed).integers(-1, 2, (n, k)).astype(np.int8))
-    w_base3 = pack_base3(w_packed)
-    assert (w_base3.dtype, w_base3.shape) == (np.uint8, base3_shape(n, k))
-    expanded = unpack_base3(w_base3, n, k)
+    w_base3 = pack_base3(w_packed, blocks)
+    assert (w_base3.dtype, w_base3.shape) == (np.uint8, base3_shape(n, k, blocks))
+    assert w_base3.flags.c_contiguous
+    assert is_sound(w_base3, n, k, blocks)
+    expanded = expand_base3(w_base3, n, k, blocks)
     np.testing.assert_array_equal(expanded, w_packed)
-    assert expanded.flags.c_contiguous
     assert expanded.ctypes.data % 64 == 0
 
 
-def test_blocks_of_groups_are_expanded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    w_packed = pack_ternary(np.random.default_rng(0).integers(-1, 2, (100, 40)).astype(np.int8))
-    monkeypatch.setattr(panels, "BLOCK_GROUPS", 7)
-    np.testing.assert_array_equal(unpack_base3(pack_base3(w_packed), 100, 40), w_packed)
+def test_what_is_no_ternary_code_is_found_wherever_it_is() -> None:
+    w_packed = pack_ternary(np.random.default_rng(0).integers(-1, 2, (16, 208)).astype(np.int8))
+    w_base3 = pack_base3(w_packed)
+    assert is_sound(w_base3, 16, 208)
+    for group, element, i in product(range(2), range(0, 64, 7), range(8)):
+        for value in range(32):
+            changed = w_base3.copy()
+            lines = changed[0, 320 * group : 320 * (group + 1)].reshape(5, 64)[:, element]
+            shift = i % 2 * 4
+            lines[i // 2] = lines[i // 2] & (240 >> shift) | (value & 15) << shift
+            lines[4] = lines[4] & (255 - (1 << i)) | value >> 4 << i
+            assert is_sound(changed, 16, 208) == (value < 27)
+    for codes in (w_base3, w_packed):
+        changed = codes.copy()
+        changed.reshape(-1)[-1] |= 0b11 << 4
+        assert not is_sound(changed, 16, 208)
 
 
-def test_base_three_rejects_another_shape_and_a_byte_of_243() -> None:
-    w_base3 = pack_base3(pack_ternary(np.ones((16, 16), np.int8)))
-    with pytest.raises(ValueError, match=r"w_base3 of n=17 k=16 has shape \(104,\); got shape=\(52,\)"):
-        unpack_base3(w_base3, 17, 16)
-    w_base3[51] = 243
-    with pytest.raises(ValueError, match="a byte below 243; got byte=243; the bytes are corrupted"):
-        unpack_base3(w_base3, 16, 16)
+def test_base_three_rejects_another_shape_and_blocks_of_no_whole_lines() -> None:
+    w_packed = pack_ternary(np.ones((16, 48), np.int8))
+    with pytest.raises(ValueError, match=r"n=17 k=48 in num_blocks=1 have shape=\(2, 192\); got shape=\(1, 192\)"):
+        expand_base3(pack_base3(w_packed), 17, 48)
+    with pytest.raises(ValueError, match="whole lines of 16 weights; got lines=3 num_blocks=2"):
+        pack_base3(w_packed, 2)
 
 
 def test_unpack_rejects_another_shape_and_the_code_three() -> None:
@@ -132,18 +153,18 @@ def test_unpack_rejects_another_shape_and_the_code_three() -> None:
 def test_one_int8_row_bit_by_bit() -> None:
     w_int8 = np.full((16, 32), -128, np.int8)  # u = 0
     w_int8[2, 13] = 0b1011_0101 - 128  # k = 13 = 8 * 1 + 4 + 1 = 4 * 3 + 1: nibble line 1, high half, byte 1; bit 3
-    scan, rest = pack_int8_rows(w_int8)
-    assert scan.shape == (1, 1, 320)
-    assert rest.shape == (16, 1, 12)
-    expected_scan, expected_rest = np.zeros(320, np.uint8), np.zeros((16, 12), np.uint8)
+    scan, next_bits, rest = pack_int8_rows(w_int8)
+    assert (scan.shape, next_bits.shape, rest.shape) == ((1, 1, 320), (16, 1, 4), (16, 1, 8))
+    expected_scan, expected_next, expected_rest = np.zeros(320), np.zeros((16, 4)), np.zeros((16, 8))
     expected_scan[64 + 4 * 2 + 1] = 0b1011 << 4
-    expected_scan[256 + 4 * 2 + 1] = 0 << 3
-    expected_rest[2, [1, 9]] = 1 << 3
+    expected_next[2, 1] = 1 << 3
+    expected_rest[2, 1] = 1 << 3
     np.testing.assert_array_equal(scan[0, 0], expected_scan)
+    np.testing.assert_array_equal(next_bits[:, 0], expected_next)
     np.testing.assert_array_equal(rest[:, 0], expected_rest)
     w_int8[2, 13] = 0b1010 - 128
-    scan, rest = pack_int8_rows(w_int8)
-    assert (scan[0, 0, 256 + 4 * 2 + 1], scan.sum()) == (1 << 3, 1 << 3)
+    scan, next_bits, rest = pack_int8_rows(w_int8)
+    assert (scan[0, 0, 256 + 4 * 2 + 1], scan.sum(), next_bits.sum()) == (1 << 3, 1 << 3, 0)
     assert (rest[2, 0, 4 + 1], rest.sum()) == (1 << 3, 1 << 3)
 
 
@@ -151,8 +172,7 @@ def test_one_int8_row_bit_by_bit() -> None:
 @given(rows=st.integers(1, 70), size=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
 def test_unpack_gives_back_the_int8_rows(rows: int, size: int, seed: int) -> None:
     w_int8 = np.random.default_rng(seed).integers(-128, 128, (rows, size)).astype(np.int8)
-    scan, rest = pack_int8_rows(w_int8)
-    np.testing.assert_array_equal(unpack_int8_rows(scan, rest, size), w_int8)
+    np.testing.assert_array_equal(unpack_int8_rows(*pack_int8_rows(w_int8), size), w_int8)
 
 
 def test_blocks_of_rows_are_packed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

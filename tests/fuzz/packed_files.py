@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.packing import write_student
-from tests.core.test_packing import WHOLE_LINES, student_arguments
+from tests.core.test_packing import BASE3_BLOCK, BASE3_GROUPS, WHOLE_LINES, student_arguments
 
 TOKENIZER = b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2},"merges":[]}}'
 SECONDS_A_FILE = 60
@@ -49,8 +49,9 @@ def base_files(directory: Path) -> list[bytes]:
         gemma | {"bitdistill": surgery[0], "layer_types": ["sliding_attention", "full_attention"]},
         {"bitdistill": surgery[2], "granularity": "row"},
         {"bitdistill": surgery[1], "granularity": "block", "attention_bias": True} | WHOLE_LINES,
-        {"bitdistill": surgery[1], "encoding": "base3"},
-        {"bitdistill": surgery[2], "encoding": "base3", "granularity": "block"} | WHOLE_LINES,
+        {"bitdistill": surgery[1], "encoding": "base3"} | BASE3_GROUPS,
+        {"bitdistill": surgery[2], "encoding": "base3", "granularity": "block", "block_size": BASE3_BLOCK}
+        | BASE3_GROUPS,
     ]
     files = []
     for number, changes in enumerate(variants):

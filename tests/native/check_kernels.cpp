@@ -17,6 +17,7 @@
 namespace bitdistill {
 const Kernels* emulated_avx_vnni_kernels();
 const Kernels* emulated_avx512_vnni_kernels();
+const Kernels* emulated_avx512_vbmi_kernels();
 }  // namespace bitdistill
 
 namespace {
@@ -70,6 +71,40 @@ void check_ternary(Checker& checker, int num_lines, int pattern) {
   checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines, pattern);
 }
 
+void check_base3(Checker& checker, int num_groups, int pattern) {
+  const Kernels &kernels = checker.kernels, &expected = *scalar_kernels();
+  if (kernels.gemv_base3 == nullptr) return;
+  const int slack = num_groups % 2, k = num_groups * kBase3K;
+  Guarded<uint8_t> groups(std::size_t(num_groups) * kBase3Bytes, slack), codes(std::size_t(k) * kPanelRows);
+  std::vector<uint8_t> expected_codes(codes.size);
+  for (int group = 0; group < num_groups; ++group) {
+    for (int j = 0; j < kLineBytes; ++j) {
+      uint8_t* const byte = groups.data + std::size_t(group) * kBase3Bytes + j;
+      for (int line = 0; line < 5; ++line) byte[line * kLineBytes] = 0;
+      for (int i = 0; i < 8; ++i) {
+        const int value = pattern == kRandom ? random_int(0, kBase3Values - 1) : kBase3Values - 1;
+        byte[i / 2 * kLineBytes] |= uint8_t((value & 15) << i % 2 * 4);
+        byte[4 * kLineBytes] |= uint8_t(value >> 4 << i);
+        int rest = value;
+        for (int step = 3 * i; step < 3 * i + 3; ++step, rest /= 3) {
+          expected_codes[(std::size_t(group) * kBase3K / 4 + step) * kLineBytes + j] = uint8_t(rest % 3);
+        }
+      }
+    }
+  }
+  checker.function = "unpack_base3";
+  kernels.unpack_base3(groups, num_groups, codes);
+  checker.same(codes.data, expected_codes.data(), codes.size, "codes", num_groups, pattern);
+  Guarded<int8_t> x(k, slack);
+  Guarded<int32_t> sums(kPanelRows);
+  int32_t expected_sums[kPanelRows];
+  fill_activations(x, k, pattern);
+  checker.function = "gemv_base3";
+  kernels.gemv_base3(groups, num_groups, x, sums);
+  expected.gemv_base3(groups, num_groups, x, expected_sums);
+  checker.same(sums.data, expected_sums, kPanelRows, "sums", num_groups, pattern);
+}
+
 void check_scan(Checker& checker, int num_groups, int pattern) {
   const int slack = num_groups % 2;
   Guarded<uint8_t> scan(std::size_t(num_groups) * kScanGroupBytes, slack);
@@ -84,35 +119,36 @@ void check_scan(Checker& checker, int num_groups, int pattern) {
   checker.same(sums.data, expected_sums, kPanelRows, "sums", num_groups, pattern);
 }
 
-// One row of a panel of `scan` and of `rest`, by the words of layout.h.
-int row_code(const uint8_t* scan, int row, const uint8_t* rest, int k, int mask) {
+// One row of a panel of `scan`, of `next` and of `rest`, by the words of layout.h.
+int row_code(const uint8_t* scan, int row, const uint8_t* next, const uint8_t* rest, int k) {
   const int group = k / kGroupK, i = k % kGroupK / 8, j = k % kGroupK / 4, b = k % 4;
   const uint8_t* lines = scan + std::size_t(group) * kScanGroupBytes;
   const uint8_t* low = rest + std::size_t(group) * kRestGroupBytes;
   const int nibble = lines[i * kLineBytes + 4 * row + b] >> (k % 8 < 4 ? 0 : 4) & 15;
-  int u = nibble << 4 | (lines[4 * kLineBytes + 4 * row + b] >> j & 1) << 3;
-  for (int bit = 0; bit < 3; ++bit) u |= (low[4 * bit + b] >> j & 1) << bit;
-  return u & mask;
+  const int u = nibble << 4 | (lines[4 * kLineBytes + 4 * row + b] >> j & 1) << 3;
+  return u | (next[group * kNextGroupBytes + b] >> j & 1) << 2 | (low[4 + b] >> j & 1) << 1 | (low[b] >> j & 1);
 }
 
 void check_rows(Checker& checker, int num_groups, int pattern) {
   const int n = num_groups * kGroupK;
-  Guarded<uint8_t> scan(std::size_t(num_groups) * kScanGroupBytes), rest(std::size_t(num_groups) * kRestGroupBytes);
+  Guarded<uint8_t> scan(std::size_t(num_groups) * kScanGroupBytes), next(std::size_t(num_groups) * kNextGroupBytes),
+      rest(std::size_t(num_groups) * kRestGroupBytes);
   for (std::size_t i = 0; i < scan.size; ++i) scan[i] = uint8_t(random_int(0, 255));
+  for (std::size_t i = 0; i < next.size; ++i) next[i] = pattern == kRandom ? uint8_t(random_int(0, 255)) : 0xff;
   for (std::size_t i = 0; i < rest.size; ++i) rest[i] = pattern == kRandom ? uint8_t(random_int(0, 255)) : 0xff;
   Guarded<int8_t> w_int8(n), x(n);
   fill_activations(x, n, pattern);
   std::vector<int8_t> expected(n);
   checker.function = "decode_row";
   for (int row = 0; row < kPanelRows; ++row) {
-    checker.kernels.decode_row(scan, row, rest, num_groups, w_int8);
-    for (int k = 0; k < n; ++k) expected[k] = int8_t(row_code(scan, row, rest, k, 255) - 128);
+    checker.kernels.decode_row(scan, row, next, rest, num_groups, w_int8);
+    for (int k = 0; k < n; ++k) expected[k] = int8_t(row_code(scan, row, next, rest, k) - 128);
     checker.same(w_int8.data, expected.data(), expected.size(), "w_int8", num_groups, row);
   }
   int32_t sum = 0;
-  for (int k = 0; k < n; ++k) sum += row_code(scan, 0, rest, k, 7) * x[k];
-  checker.function = "rest_dot";
-  const int32_t found = checker.kernels.rest_dot(rest, num_groups, x);
+  for (int k = 0; k < n; ++k) sum += (row_code(scan, 0, next, rest, k) >> 2 & 1) * x[k];
+  checker.function = "next_dot";
+  const int32_t found = checker.kernels.next_dot(next, num_groups, x);
   checker.check(found == sum, "size=%d pattern=%d: %d, not %d", num_groups, pattern, found, sum);
 }
 
@@ -121,6 +157,7 @@ void check_integers(Checker& checker) {
   for (int pattern = 0; pattern < kNumPatterns; ++pattern) {
     for (int size = 1; size <= 70; ++size) {
       check_ternary(checker, size, pattern);
+      if (size <= 20) check_base3(checker, size, pattern);
       check_scan(checker, size, pattern);
       check_rows(checker, size, pattern);
     }
@@ -129,6 +166,7 @@ void check_integers(Checker& checker) {
   }
   for (int pattern : {kLowest, kHighest}) {
     check_ternary(checker, 140001, pattern);
+    check_base3(checker, 301, pattern);
     check_scan(checker, 9001, pattern);
   }
 }
@@ -306,8 +344,11 @@ std::vector<Table> tables() {
   result.push_back({avx2_kernels(), "", avx2});
   result.push_back({emulated_avx_vnni_kernels(), " (emulated)", avx2});
   result.push_back({emulated_avx512_vnni_kernels(), " (emulated)", avx2});
+  result.push_back({emulated_avx512_vbmi_kernels(), " (emulated)", avx2});
   result.push_back({avx_vnni_kernels(), "", avx2 && __builtin_cpu_supports("avxvnni")});
-  result.push_back({avx512_vnni_kernels(), "", avx2 && avx512 && __builtin_cpu_supports("avx512vnni")});
+  const bool avx512_vnni = avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
+  result.push_back({avx512_vnni_kernels(), "", avx512_vnni});
+  result.push_back({avx512_vbmi_kernels(), "", avx512_vnni && __builtin_cpu_supports("avx512vbmi")});
 #elif defined(__linux__)
   result.push_back({neon_kernels(), "", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
 #else

@@ -56,12 +56,14 @@ def test_x86_64_tables_equal_the_scalar_table(tmp_path: Path) -> None:
         (NATIVE / "avx2.cpp", AVX2),
         (NATIVE / "avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
         (NATIVE / "avx512_vnni.cpp", [*AVX2, *AVX512]),
+        (NATIVE / "avx512_vbmi.cpp", [*AVX2, *AVX512, "-mavx512vbmi"]),
         (NATIVE / "avx_vnni.cpp", [*AVX2, *EMULATED]),
         (NATIVE / "avx512_vnni.cpp", [*AVX2, *EMULATED]),
+        (NATIVE / "avx512_vbmi.cpp", [*AVX2, *EMULATED]),
     ]
     found = results(run([str(build(host_compiler(), parts, tmp_path, []))]))
-    emulated = {"avx-vnni (emulated)", "avx512-vnni (emulated)"}
-    assert set(found) == {"scalar", "avx2", "avx-vnni", "avx512-vnni"} | emulated
+    emulated = {"avx-vnni (emulated)", "avx512-vnni (emulated)", "avx512-vbmi (emulated)"}
+    assert set(found) == {"scalar", "avx2", "avx-vnni", "avx512-vnni", "avx512-vbmi"} | emulated
     if found["avx2"].startswith("not run"):
         pytest.skip(f"avx2: {found['avx2']}")
     assert all(found[name].endswith(" 0 differences") for name in {"scalar", "avx2"} | emulated), found

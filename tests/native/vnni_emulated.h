@@ -1,4 +1,4 @@
-// The AVX-VNNI and AVX-512 intrinsics of avx_vnni.cpp and avx512_vnni.cpp in software, so that tests can run those very
+// The AVX-VNNI and AVX-512 intrinsics of avx_vnni.cpp, avx512_vnni.cpp and avx512_vbmi.cpp in software, so that tests can run those very
 // sources on any x86-64 processor with AVX2: g++ -mavx2 -mfma -mf16c -include vnni_emulated.h. Plain loops after the
 // vendor's description of each instruction. The compiler makes two 256-bit registers of every __m512i.
 //
@@ -11,6 +11,7 @@
 
 #define avx_vnni_kernels emulated_avx_vnni_kernels
 #define avx512_vnni_kernels emulated_avx512_vnni_kernels
+#define avx512_vbmi_kernels emulated_avx512_vbmi_kernels
 
 namespace vnni_emulated {
 namespace {
@@ -70,6 +71,33 @@ inline __m512i srli_epi16(__m512i a, unsigned count) {
   return v;
 }
 
+inline __m512i slli_epi16(__m512i a, unsigned count) {
+  __m512i v;
+  for (int i = 0; i < 32; ++i) set(v, i, uint16_t(count > 15 ? 0 : get<uint16_t>(a, i) << count));
+  return v;
+}
+
+// VPERMB: byte i of the result is the byte of `table` that the lower six bits of byte i of `index` name.
+inline __m512i permutexvar_epi8(__m512i index, __m512i table) {
+  __m512i v;
+  for (int i = 0; i < 64; ++i) set(v, i, get<uint8_t>(table, get<uint8_t>(index, i) & 63));
+  return v;
+}
+
+// VPTERNLOGD: a bit of `table` for each three bits of a, b and c, a's the highest.
+inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+  __m512i v;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t bits = 0;
+    for (int bit = 0; bit < 64; ++bit) {
+      const auto at = [&](const __m512i& from) { return get<uint64_t>(from, i) >> bit & 1; };
+      bits |= uint64_t(table >> (at(a) << 2 | at(b) << 1 | at(c)) & 1) << bit;
+    }
+    set(v, i, bits);
+  }
+  return v;
+}
+
 }  // namespace
 }  // namespace vnni_emulated
 
@@ -82,6 +110,9 @@ inline __m512i srli_epi16(__m512i a, unsigned count) {
 #undef _mm512_set1_epi32
 #undef _mm512_and_si512
 #undef _mm512_srli_epi16
+#undef _mm512_slli_epi16
+#undef _mm512_permutexvar_epi8
+#undef _mm512_ternarylogic_epi32
 #define _mm256_dpbusd_avx_epi32 vnni_emulated::dpbusd<__m256i>
 #define _mm512_dpbusd_epi32 vnni_emulated::dpbusd<__m512i>
 #define _mm512_loadu_si512 vnni_emulated::loadu
@@ -90,3 +121,6 @@ inline __m512i srli_epi16(__m512i a, unsigned count) {
 #define _mm512_set1_epi32 vnni_emulated::set1<int32_t>
 #define _mm512_and_si512 vnni_emulated::and_bits
 #define _mm512_srli_epi16 vnni_emulated::srli_epi16
+#define _mm512_slli_epi16 vnni_emulated::slli_epi16
+#define _mm512_permutexvar_epi8 vnni_emulated::permutexvar_epi8
+#define _mm512_ternarylogic_epi32 vnni_emulated::ternarylogic_epi32

@@ -10,6 +10,7 @@
 #include <deque>
 #include <stdexcept>
 
+#include "base3.h"
 #include "dispatch.h"
 #include "measure.h"
 #include "model.h"
@@ -21,6 +22,7 @@ namespace {
 
 template <class T, int DIMENSIONS>
 using Array = nb::ndarray<T, nb::ndim<DIMENSIONS>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 template <class T>
 using NumPy = nb::ndarray<nb::numpy, T, nb::ndim<2>, nb::c_contig>;
 
@@ -48,13 +50,32 @@ NumPy<float> new_matrix(std::size_t rows, std::size_t columns) {
   return NumPy<float>(data, {rows, columns}, owner);
 }
 
+// N and K are those of the matrix; `codes` are (num_panels, num_lines, 64) of two bits or (num_panels, bytes) of base 3.
+Linear codes_of(const Codes& codes, int n, int k, int num_blocks) {
+  Linear linear;
+  linear.codes = codes.data();
+  linear.is_base3 = codes.ndim() == 2;
+  linear.num_blocks = num_blocks;
+  linear.n = n;
+  linear.k = k;
+  return linear;
+}
+
+// `weight_scale` is (num_panels, num_blocks, 16), or (1, 1, 16) for all panels.
+Linear linear_of(const Codes& codes, const Array<const float, 3>& weight_scale, int n, int k) {
+  Linear linear = codes_of(codes, n, k, int(weight_scale.shape(1)));
+  linear.weight_scale = weight_scale.data();
+  linear.scale_stride = weight_scale.shape(0) == 1 ? 0 : weight_scale.shape(1) * kPanelRows;
+  return linear;
+}
+
 // x (T, K) INT8 times packed weights, exact sums (T, N); K and N are padded.
-void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 3>& w_packed,
-                    const Array<int32_t, 2>& out, const std::string& kernel, int num_threads) {
+void ternary_matmul(const Array<const int8_t, 2>& x, const Codes& codes, const Array<int32_t, 2>& out,
+                    const std::string& kernel, int num_threads) {
   const Kernels& kernels = kernels_named(kernel);
   const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1)), num_panels = N / kPanelRows;
+  const Linear linear = codes_of(codes, N, K, 1);
   const int8_t* x_data = x.data();
-  const uint8_t* w_data = w_packed.data();
   int32_t* out_data = out.data();
   const nb::gil_scoped_release released;
   Team team(num_threads);
@@ -71,21 +92,18 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 
   const int at_once = tokens.tiled() && kernels.gemm_pair != nullptr ? 2 : 1;
   team.run((num_panels + at_once - 1) / at_once, [&](int item, int thread) {
     const int panel = item * at_once, count = std::min(at_once, num_panels - panel);
-    const std::size_t panel_bytes = std::size_t(K) / kLineK * kLineBytes, panel_codes = std::size_t(K) * kPanelRows;
-    const uint8_t* lines = w_data + panel * panel_bytes;
+    const std::size_t panel_codes = std::size_t(K) * kPanelRows;
     int32_t result[2 * kTileTokens * kPanelRows];
-    uint8_t* codes = scratch[thread].codes.get(count * panel_codes);
-    for (int i = 0; i < count && tokens.tiled(); ++i) {
-      kernels.unpack_panel(lines + i * panel_bytes, K / kLineK, codes + i * panel_codes);
-    }
+    uint8_t* unpacked = scratch[thread].codes.get(count * panel_codes);
+    for (int i = 0; i < count && tokens.tiled(); ++i) unpack_codes(kernels, linear, panel + i, unpacked + i * panel_codes);
     for (int first = 0; first < T; first += tokens.tiled() ? kTileTokens : 1) {
       const int8_t* from = tokens.x_int8.data() + std::size_t(first) * K;
       if (!tokens.tiled()) {
-        kernels.gemv_panel(lines, K / kLineK, from, result);
+        block_sums(kernels, linear, panel, 0, from, result);
       } else if (count == 1) {
-        kernels.gemm_tile(codes, from, K / 4, result);
+        kernels.gemm_tile(unpacked, from, K / 4, result);
       } else {
-        kernels.gemm_pair(codes, codes + panel_codes, from, K / 4, result);
+        kernels.gemm_pair(unpacked, unpacked + panel_codes, from, K / 4, result);
       }
       for (int t = first; t < std::min(T, first + (tokens.tiled() ? kTileTokens : 1)); ++t) {
         for (int r = 0; r < count * kPanelRows; ++r) {
@@ -97,25 +115,13 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Array<const uint8_t, 
   });
 }
 
-// N and K are those of the matrix; `weight_scale` is (num_panels, num_blocks, 16), or (1, 1, 16) for all panels.
-Linear linear_of(const Array<const uint8_t, 3>& w_packed, const Array<const float, 3>& weight_scale, int n, int k) {
-  Linear linear;
-  linear.w_packed = w_packed.data();
-  linear.weight_scale = weight_scale.data();
-  linear.num_blocks = int(weight_scale.shape(1));
-  linear.scale_stride = weight_scale.shape(0) == 1 ? 0 : weight_scale.shape(1) * kPanelRows;
-  linear.n = n;
-  linear.k = k;
-  return linear;
-}
-
 // x (T, K), quantised token by token, times packed weights and their scales, (T, padded N).
-void ternary_linear(const Array<const float, 2>& x, const Array<const uint8_t, 3>& w_packed,
-                    const Array<const float, 3>& weight_scale, const Array<float, 2>& out, const std::string& kernel,
+void ternary_linear(const Array<const float, 2>& x, const Codes& codes, const Array<const float, 3>& weight_scale,
+                    const Array<float, 2>& out, const std::string& kernel,
                     int num_threads) {
   const Kernels& kernels = kernels_named(kernel);
   const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1));
-  const Linear linear = linear_of(w_packed, weight_scale, N, K);
+  const Linear linear = linear_of(codes, weight_scale, N, K);
   const float* x_data = x.data();
   float* out_data = out.data();
   const nb::gil_scoped_release released;
@@ -127,14 +133,20 @@ void ternary_linear(const Array<const float, 2>& x, const Array<const uint8_t, 3
   multiply(team, kernels, scratch.data(), &product, 1);
 }
 
-// Whether a byte holds code 3, which is no ternary weight.
-bool has_code_3(const Array<const uint8_t, 1>& bytes) {
-  const uint8_t* data = bytes.data();
-  const std::size_t size = bytes.shape(0);
+bool streams_base3(const std::string& kernel) { return kernels_named(kernel).gemv_base3 != nullptr; }
+
+bool is_sound(const Codes& codes, int n, int k, int num_blocks) {
+  const Linear linear = codes_of(codes, n, k, num_blocks);
+  const std::size_t bytes = codes.size();
   const nb::gil_scoped_release released;
-  uint8_t found = 0;
-  for (std::size_t i = 0; i < size; ++i) found |= data[i] & data[i] >> 1;
-  return (found & 0x55) != 0;
+  return linear.is_base3 ? is_sound_base3(linear) : !has_code_3(linear.codes, bytes);
+}
+
+void expand(const Codes& w_base3, int num_blocks, const Array<uint8_t, 3>& w_packed, int k) {
+  const Linear linear = codes_of(w_base3, int(w_packed.shape(0)) * kPanelRows, k, num_blocks);
+  uint8_t* const lines = w_packed.data();
+  const nb::gil_scoped_release released;
+  expand_base3(linear, lines);
 }
 
 // `measure` of a table of kernels, for Python by the table's name.
@@ -213,11 +225,10 @@ class PackedModel {
   }
 
   Linear read_linear(const nb::dict& from) {
-    arrays_.push_back(from["w_packed"]);
+    arrays_.push_back(from["codes"]);
     arrays_.push_back(from["weight_scale"]);
-    Linear linear = linear_of(nb::cast<Array<const uint8_t, 3>>(from["w_packed"]),
-                              nb::cast<Array<const float, 3>>(from["weight_scale"]), nb::cast<int>(from["n"]),
-                              nb::cast<int>(from["k"]));
+    Linear linear = linear_of(nb::cast<Codes>(from["codes"]), nb::cast<Array<const float, 3>>(from["weight_scale"]),
+                              nb::cast<int>(from["n"]), nb::cast<int>(from["k"]));
     linear.input_norm = floats(from["input_norm"]);
     if (const float* bias = floats(from["bias"])) {
       biases_.emplace_back(bias, bias + linear.n).resize(round_up(linear.n, kPanelRows));
@@ -247,11 +258,15 @@ class PackedModel {
     Int8Rows rows;
     arrays_.push_back(from["scan"]);
     rows.scan = nb::cast<Array<const uint8_t, 3>>(from["scan"]).data();
+    arrays_.push_back(from["next"]);
+    rows.next = nb::cast<Array<const uint8_t, 3>>(from["next"]).data();
     rows.row_scale = floats(from["row_scale"]);
     rows.row_norm = floats(from["row_norm"]);
-    rows.rest_norm = floats(from["rest_norm"]);
+    rows.scan_error = floats(from["scan_error"]);
+    rows.next_error = floats(from["next_error"]);
     rows.file = nb::cast<int>(from["file"]);
     rows.scan_offset = nb::cast<uint64_t>(from["scan_offset"]);
+    rows.next_offset = nb::cast<uint64_t>(from["next_offset"]);
     rows.rest_offset = nb::cast<uint64_t>(from["rest_offset"]);
     rows.scale_offset = nb::cast<uint64_t>(from["scale_offset"]);
     rows.vocab_size = nb::cast<int>(from["vocab_size"]);
@@ -293,13 +308,17 @@ NB_MODULE(_native, module) {
   module.attr("MAX_K") = kMaxK;
   module.def("available_kernels", &available_names, "Names of the kernels this processor can run, fastest first.");
   module.def("built_kernels", &built_names, "Name of each kernel in this build, and what a processor needs for it.");
-  module.def("ternary_matmul", &ternary_matmul, nb::arg("x").noconvert(), nb::arg("w_packed").noconvert(),
+  module.def("ternary_matmul", &ternary_matmul, nb::arg("x").noconvert(), nb::arg("codes").noconvert(),
              nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
-             "Fills out (T, N) with the exact sums of x (T, K) and w_packed (N/16, K/16, 64).");
-  module.def("ternary_linear", &ternary_linear, nb::arg("x").noconvert(), nb::arg("w_packed").noconvert(),
+             "Fills out (T, N) with the exact sums of x (T, K) and the codes of (N, K) weights.");
+  module.def("ternary_linear", &ternary_linear, nb::arg("x").noconvert(), nb::arg("codes").noconvert(),
              nb::arg("weight_scale").noconvert(), nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
              "Fills out (T, padded N) with the products of x (T, K), quantised token by token, and scaled weights.");
-  module.def("has_code_3", &has_code_3, nb::arg("bytes").noconvert(), "Whether a byte holds code 3, no ternary weight.");
+  module.def("streams_base3", &streams_base3, nb::arg("kernel"), "Whether a kernel reads base 3 as it lies in the file.");
+  module.def("is_sound", &is_sound, nb::arg("codes").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("num_blocks"),
+             "Whether the codes of (N, K) weights are all ternary.");
+  module.def("expand_base3", &expand, nb::arg("w_base3").noconvert(), nb::arg("num_blocks"),
+             nb::arg("w_packed").noconvert(), nb::arg("k"), "Fills w_packed (N/16, K/16, 64) with the codes of w_base3.");
   nb::class_<KeyValueCache>(module, "KeyValueCache")
       .def_ro("capacity", &KeyValueCache::capacity)
       .def_rw("length", &KeyValueCache::length)

@@ -22,7 +22,9 @@ std::vector<Choice> choices() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  result.push_back({avx512_vnni_kernels(), avx2 && avx512 && __builtin_cpu_supports("avx512vnni")});
+  const bool avx512_vnni = avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
+  result.push_back({avx512_vbmi_kernels(), avx512_vnni && __builtin_cpu_supports("avx512vbmi")});
+  result.push_back({avx512_vnni_kernels(), avx512_vnni});
 #if defined(BITDISTILL_AVX_VNNI)
   result.push_back({avx_vnni_kernels(), avx2 && __builtin_cpu_supports("avxvnni")});
 #endif

@@ -303,11 +303,8 @@ BITDISTILL_INLINE Int8x32 spread_bits(const uint8_t* dword) {
   return (all >> shifts) & Int8x32{one, one, one, one, one, one, one, one};
 }
 
-BITDISTILL_INLINE Int8x32 rest_codes(const uint8_t* rest) {
-  return spread_bits(rest) | spread_bits(rest + 4) << 1 | spread_bits(rest + 8) << 2;
-}
-
-void decode_row(const uint8_t* scan_panel, int r, const uint8_t* rest, int num_groups, int8_t* w_int8) {
+void decode_row(const uint8_t* scan_panel, int r, const uint8_t* next, const uint8_t* rest, int num_groups,
+                int8_t* w_int8) {
   const int32_t nibble = 0x0f0f0f0f, zero = int32_t(0x80808080);
   const Int8x32 nibbles = {nibble, nibble, nibble, nibble, nibble, nibble, nibble, nibble};
   const Int8x32 zeros = {zero, zero, zero, zero, zero, zero, zero, zero}, shifts = {0, 4, 0, 4, 0, 4, 0, 4};
@@ -318,19 +315,21 @@ void decode_row(const uint8_t* scan_panel, int r, const uint8_t* rest, int num_g
     const Int4x32 lines = {n[0], n[1], n[2], n[3]};
     const Int8x32 high = (__builtin_shufflevector(lines, lines, 0, 0, 1, 1, 2, 2, 3, 3) >> shifts) & nibbles;
     const Int8x32 bit = spread_bits(scan_panel + 4 * kLineBytes + 4 * r);
-    const Int8x32 u = high << 4 | bit << 3 | rest_codes(rest);
+    const Int8x32 low = spread_bits(next) << 2 | spread_bits(rest + 4) << 1 | spread_bits(rest);
+    const Int8x32 u = high << 4 | bit << 3 | low;
     const Int8x32 w = u ^ zeros;  // u - 128 as a signed byte
     __builtin_memcpy(w_int8, &w, sizeof w);
     scan_panel += kScanGroupBytes;
+    next += kNextGroupBytes;
     rest += kRestGroupBytes;
     w_int8 += kGroupK;
   }
 }
 
-int32_t rest_dot(const uint8_t* rest, int num_groups, const int8_t* x) {
+int32_t next_dot(const uint8_t* next, int num_groups, const int8_t* x) {
   Int8x32 sums = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int group = 0; group < num_groups; ++group, rest += kRestGroupBytes, x += kGroupK) {
-    const Int8x32 codes = rest_codes(rest);
+  for (int group = 0; group < num_groups; ++group, next += kNextGroupBytes, x += kGroupK) {
+    const Int8x32 codes = spread_bits(next);
 #ifdef __AVX2__
     const __m256i products = _mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i*)x));
     sums += (Int8x32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
@@ -371,4 +370,4 @@ float dot(const float* x, const int8_t* w_int8, int n) {
 #define BITDISTILL_FLOAT_OPS                                                                                   \
   .finish = finish, .rms_norm = rms_norm, .quantize = quantize, .gate_multiply = gate_multiply, .rotate = rotate, \
   .store_key_value = store_key_value, .attend = attend, .decode_row = decode_row, \
-  .rest_dot = rest_dot, .dot = dot
+  .next_dot = next_dot, .dot = dot

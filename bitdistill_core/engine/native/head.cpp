@@ -36,11 +36,12 @@ void require(bool read) {
 
 void read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8, float* scale) {
   const uint64_t panel = uint64_t(v / kPanelRows) * rows.panel_bytes();
-  uint8_t* const rest = scratch + rows.panel_bytes();
+  uint8_t *const next = scratch + rows.panel_bytes(), *const rest = next + rows.next_bytes();
   require(read_file(rows.file, rows.scan_offset + panel, rows.panel_bytes(), scratch) &&
+          read_file(rows.file, rows.next_offset + v * rows.next_bytes(), rows.next_bytes(), next) &&
           read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest) &&
           read_file(rows.file, rows.scale_offset + v * sizeof(float), sizeof(float), reinterpret_cast<uint8_t*>(scale)));
-  kernels.decode_row(scratch, v % kPanelRows, rest, rows.num_groups(), w_int8);
+  kernels.decode_row(scratch, v % kPanelRows, next, rest, rows.num_groups(), w_int8);
 }
 
 bool goes_before(const Candidate& a, const Candidate& b) {
@@ -74,7 +75,7 @@ struct QuantizedQuery {
 
 void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8,
                float* scale) {
-  std::vector<uint8_t> scratch(rows.panel_bytes() + rows.rest_bytes());
+  std::vector<uint8_t> scratch(rows.panel_bytes() + rows.next_bytes() + rows.rest_bytes());
   for (std::size_t i = 0; i < ids.size(); ++i) {
     read_row(kernels, rows, ids[i], scratch.data(), w_int8 + i * rows.padded_size(), scale + i);
   }
@@ -107,8 +108,8 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
         return;
       }
       for (int r = 0; r < count; ++r) {
-        kernels.decode_row(rows.scan + panel * rows.panel_bytes(), r, rest.data() + r * rows.rest_bytes(),
-                           rows.num_groups(), w_int8.data());
+        kernels.decode_row(rows.scan + panel * rows.panel_bytes(), r, rows.next + (first + r) * rows.next_bytes(),
+                           rest.data() + r * rows.rest_bytes(), rows.num_groups(), w_int8.data());
         for (int t = 0; t < num_x; ++t) {
           const float value = kernels.dot(x + t * stride, w_int8.data(), rows.padded_size());
           logits[std::size_t(t) * rows.vocab_size + first + r] = value * rows.row_scale[first + r];
@@ -139,7 +140,7 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   //    that is an integer.
   const int32_t middle = (7 - 256) * query.sum;
   const float half_scale = 0.5f * query.scale;
-  const float per_rest_norm = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
+  const float per_error = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
   std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
   std::vector<float> panel_bound(num_panels);
   // Of a panel's rows; those beyond the vocabulary are -infinity. Plain loops of 16, for the compiler to vectorise.
@@ -147,9 +148,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
     const auto fill = [&](int filled) {
       for (int r = 0; r < filled; ++r) {
-        const float scale = rows.row_scale[first + r], rest_norm = rows.rest_norm[first + r];
+        const float scale = rows.row_scale[first + r], error = rows.scan_error[first + r];
         values[r] = half_scale * float(16 * sums[first + r] + middle) * scale;
-        bounds[r] = values[r] + scale * (per_rest_norm * rest_norm + per_row_norm * rows.row_norm[first + r]);
+        bounds[r] = values[r] + scale * (per_error * error + per_row_norm * rows.row_norm[first + r]);
       }
     };
     if (count == kPanelRows) return fill(kPanelRows);
@@ -192,7 +193,8 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   std::atomic<bool> is_read{true};
   const auto exact = [&](int v, uint8_t* rest, int8_t* w_int8) {
     if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
-    kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rest, rows.num_groups(), w_int8);
+    kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rows.next + v * rows.next_bytes(),
+                       rest, rows.num_groups(), w_int8);
     return kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v];
   };
   std::vector<uint8_t> rest(rows.rest_bytes());
@@ -201,36 +203,37 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   std::sort(guesses.begin(), guesses.end(), goes_before);
   const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
 
-  // 3. Every row that may reach the floor: its lower bits, and if it still may, float32.
+  // 3. Every row that may reach the floor: its next bit, and if it still may, float32. q . w = 4 q . (u >> 2) +
+  //    q . (u & 3) - 128 sum q, with 1.5 for the lowest two bits. Twice that is an integer.
+  const int32_t next_middle = (3 - 256) * query.sum;
   std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
   team.run(num_shares, [&](int share, int) {
     found[share].clear();
     std::vector<uint8_t> rest(rows.rest_bytes());
     std::vector<int8_t> w_int8(rows.padded_size());
-    int refined = 0, computed = 0;
+    std::vector<int> candidates;  // found before the first is refined: their bytes come from memory meanwhile
     float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
       if (panel_bound[panel] < floor) continue;
       coarse(panel, values, bounds);
-      const int first = panel * kPanelRows;
-      for (int v = first; v < std::min(first + kPanelRows, V); ++v) {
-        if (bounds[v - first] < floor) continue;
-        ++refined;
-        if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest.data())) {
-          is_read = false;
-          return;
-        }
-        const int32_t sum = 8 * sums[v] + kernels.rest_dot(rest.data(), rows.num_groups(), query.x_int8.data());
-        const float refined_logit = rows.row_scale[v] * query.scale * float(sum - 128 * query.sum);
-        if (refined_logit + rows.row_scale[v] * per_row_norm * rows.row_norm[v] < floor) continue;
-        ++computed;
-        kernels.decode_row(rows.scan + panel * rows.panel_bytes(), v - first, rest.data(), rows.num_groups(),
-                           w_int8.data());
-        const float logit = kernels.dot(x, w_int8.data(), rows.padded_size()) * rows.row_scale[v];
-        if (logit >= floor) found[share].push_back({logit, v});
+      for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
+        if (bounds[r] < floor) continue;
+        candidates.push_back(panel * kPanelRows + r);
+        const uint8_t* const next = rows.next + candidates.back() * rows.next_bytes();
+        for (std::size_t line = 0; line < rows.next_bytes(); line += kLineBytes) __builtin_prefetch(next + line);
       }
     }
-    num_refined += refined;
+    int computed = 0;
+    for (const int v : candidates) {
+      const uint8_t* const next = rows.next + v * rows.next_bytes();
+      const int32_t twice = 16 * sums[v] + 8 * kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
+      const float scale = rows.row_scale[v], value = half_scale * float(twice + next_middle) * scale;
+      if (value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < floor) continue;
+      ++computed;
+      const float logit = exact(v, rest.data(), w_int8.data());
+      if (logit >= floor) found[share].push_back({logit, v});
+    }
+    num_refined += int(candidates.size());
     num_exact += computed;
   });
   require(is_read);

@@ -7,21 +7,24 @@
 
 namespace bitdistill {
 
-// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h. Arrays are mapped memory. `rest`, and
+// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h; u = w_int8 + 128. Arrays are mapped memory. `rest`, and
 // single rows with their scale, are read from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
+  const uint8_t* next = nullptr;
   const float* row_scale = nullptr;
   const float* row_norm = nullptr;   // ||w_int8[v]||
-  const float* rest_norm = nullptr;  // ||(u & 7) - 3.5||, u = w_int8 + 128
+  const float* scan_error = nullptr;  // ||(u & 7) - 3.5||, what `scan` leaves out
+  const float* next_error = nullptr;  // ||(u & 3) - 1.5||, what `scan` and `next` leave out
   int file = -1;
-  uint64_t scan_offset = 0, rest_offset = 0, scale_offset = 0;
+  uint64_t scan_offset = 0, next_offset = 0, rest_offset = 0, scale_offset = 0;
   int vocab_size = 0, size = 0;
 
   int num_groups() const { return (size + kGroupK - 1) / kGroupK; }
   int padded_size() const { return num_groups() * kGroupK; }
   int num_panels() const { return (vocab_size + kPanelRows - 1) / kPanelRows; }
   std::size_t panel_bytes() const { return std::size_t(num_groups()) * kScanGroupBytes; }
+  std::size_t next_bytes() const { return std::size_t(num_groups()) * kNextGroupBytes; }
   std::size_t rest_bytes() const { return std::size_t(num_groups()) * kRestGroupBytes; }
 };
 
@@ -32,7 +35,7 @@ struct Candidate {
 
 // How far each stage of `top_rows` narrowed the vocabulary.
 struct HeadStatistics {
-  int refined = 0;  // rows whose `rest` was read
+  int refined = 0;  // rows whose `next` was read
   int exact = 0;    // rows computed in float32
 };
 
@@ -50,8 +53,8 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
 // The `count` largest logits of x, exactly as all_logits has them, largest first, ties by the lowest id.
 //
 // x = a q + e with q INT8. The upper five bits of all rows give q . w to within the Cauchy-Schwarz bound of what they
-// leave out; rows that may still be among the largest get their lower three bits, which leaves the bound of e . w only;
-// the few that remain are computed in float32. The bounds are proven, so the result never depends on luck.
+// leave out; rows that may still be among the largest get their next bit, which halves the bound; the few that remain
+// are read whole and computed in float32. The bounds are proven, so the result never depends on luck.
 std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
                                 HeadStatistics* statistics);
 

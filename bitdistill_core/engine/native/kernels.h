@@ -46,6 +46,11 @@ struct Kernels {
   // A panel's codes, one a byte, as [K / 4][16 rows][4]: 64 bytes a step of 4 k. `codes` lies on a 64-byte address.
   void (*unpack_panel)(const uint8_t* lines, int num_lines, uint8_t* codes);
 
+  // The same two of groups of base 3, 96 k each. Null where decoding them would cost more than the bytes it saves: such
+  // files are expanded when they are loaded.
+  void (*gemv_base3)(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
+  void (*unpack_base3)(const uint8_t* groups, int num_groups, uint8_t* codes);
+
   // sums[t][r] = sum over k of code[r][k] * x[t][k] for an unpacked panel and a tile of tokens. steps = K / 4.
   void (*gemm_tile)(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums);
 
@@ -79,11 +84,12 @@ struct Kernels {
 
   void (*attend)(const AttentionTile& tile);
 
-  // w_int8 (32 * num_groups) of row r of a panel of `scan`, and its row of `rest`.
-  void (*decode_row)(const uint8_t* scan_panel, int r, const uint8_t* rest, int num_groups, int8_t* w_int8);
+  // w_int8 (32 * num_groups) of row r of a panel of `scan`, and its rows of `next` and `rest`.
+  void (*decode_row)(const uint8_t* scan_panel, int r, const uint8_t* next, const uint8_t* rest, int num_groups,
+                     int8_t* w_int8);
 
-  // sum over k of (u & 7) * x[k] of one row of `rest`.
-  int32_t (*rest_dot)(const uint8_t* rest, int num_groups, const int8_t* x);
+  // sum over k of the bit of k times x[k], of one row of `next`.
+  int32_t (*next_dot)(const uint8_t* next, int num_groups, const int8_t* x);
 
   // sum over k of x[k] * w_int8[k]; n is a multiple of 32.
   float (*dot)(const float* x, const int8_t* w_int8, int n);
@@ -94,6 +100,7 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx_vnni_kernels();
 const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_vbmi_kernels();
 const Kernels* neon_kernels();
 
 }  // namespace bitdistill

@@ -18,19 +18,32 @@ constexpr int kPanelRows = 16;
 constexpr int kLineK = 16;
 constexpr int kLineBytes = 64;
 
+// The same codes in base 3, three in five bits. A block of a panel (all of it where a row has one scale) is groups of 6
+// lines, 320 bytes each, and up to 5 lines as above. A group holds 24 steps of 4 k as 8 vectors of 64 five-bit values
+//
+//   value i (i = 0..7), element 4 r + j = code(step 3 i) + 3 code(step 3 i + 1) + 9 code(step 3 i + 2) of row r, k = 4 step + j
+//
+//   nibble line l = 0..3: lower four bits of value 2 l in the low nibbles, of value 2 l + 1 in the high ones
+//   bit line:             the fifth bit of value i is bit i
+constexpr int kBase3Lines = 6, kBase3K = kBase3Lines * kLineK;
+constexpr int kBase3Bytes = 320;
+constexpr int kBase3Values = 27;
+
 // |sum of code * x| <= 128 * 2 * K must fit int32 with room for the sum of x.
 constexpr int kMaxK = 1 << 22;
 
 // INT8 embedding rows, u = w_int8 + 128 split in its upper 5 bits (`scan`, 16-row panels read as a stream by the output
-// head) and its lower 3 bits (`rest`, row after row, read only where the upper bits cannot decide).
+// head), the next bit (`next`, row after row, read only where those cannot decide) and the lower 2 (`rest`, likewise).
 //
 //   scan  (V / 16, D / 32, 320): per 16 rows x 32 k four lines of nibbles u >> 4 and one line of the bits u >> 3 & 1
 //         nibble line i, byte 4 r + b:  low nibble k = 8 i + b, high nibble k = 8 i + 4 + b, of row r
 //         bit line, dword r:            bit 8 b + j is that of k = 4 j + b, j = 0..7
-//   rest  (V, D / 32, 12): three dwords for bits 0, 1 and 2 of u, each laid out as a dword of the bit line
+//   next  (V, D / 32, 4): a dword for bit 2 of u, laid out as one of the bit line
+//   rest  (V, D / 32, 8): two such dwords, for bits 0 and 1
 constexpr int kGroupK = 32;
 constexpr int kScanGroupBytes = 320;
-constexpr int kRestGroupBytes = 12;
+constexpr int kNextGroupBytes = 4;
+constexpr int kRestGroupBytes = 8;
 
 // Tokens of one tile of the matrix product. Its activations lie as [K / 4][6][4], a dword a token and step of 4 k.
 constexpr int kTileTokens = 6;

@@ -51,12 +51,10 @@ void add_blocks(const Kernels& kernels, const Product& product, int panel, int n
 void stream_panel(const Kernels& kernels, const Product& product, int panel, float* out, std::size_t stride) {
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
-  const int lines = linear.block_lines();
   add_blocks(kernels, product, panel, 1, 0, x.num_tokens, out, stride, [&](int block, int32_t* sums) {
-    const std::size_t first_line = std::size_t(block) * lines;
+    const int8_t* const block_x = x.x_int8.data() + std::size_t(block) * linear.block_lines() * kLineK;
     for (int t = 0; t < x.num_tokens; ++t) {
-      kernels.gemv_panel(linear.panel(panel) + first_line * kLineBytes, lines,
-                         x.x_int8.data() + std::size_t(t) * x.padded_k + first_line * kLineK, sums + t * kPanelRows);
+      block_sums(kernels, linear, panel, block, block_x + std::size_t(t) * x.padded_k, sums + t * kPanelRows);
     }
   });
 }
@@ -70,13 +68,12 @@ void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& produc
   const Int8Tokens& x = *product.x;
   const std::size_t panel_codes = std::size_t(x.padded_k) * kPanelRows;
   uint8_t* const codes = scratch.codes.get(kPairPanels * panel_codes);
-  for (int i = 0; i < num_panels; ++i) {
-    kernels.unpack_panel(linear.panel(panel + i), linear.num_lines(), codes + i * panel_codes);
-  }
+  for (int i = 0; i < num_panels; ++i) unpack_codes(kernels, linear, panel + i, codes + i * panel_codes);
   const int block_k = linear.block_lines() * kLineK;
   // The next panels come from memory while these are multiplied, a piece with every tile.
   const char* next = reinterpret_cast<const char*>(linear.panel(panel + num_panels));
-  const int next_lines = std::min(num_panels, linear.num_panels() - panel - num_panels) * linear.num_lines();
+  const int num_next = std::min(num_panels, linear.num_panels() - panel - num_panels);
+  const int next_lines = int(num_next * linear.panel_bytes() / kLineBytes);
   for (int tile = 0; tile < x.num_tiles(); ++tile) {
     for (int line = next_lines * tile / x.num_tiles(); line < next_lines * (tile + 1) / x.num_tiles(); ++line) {
       __builtin_prefetch(next + std::size_t(line) * kLineBytes);
@@ -116,6 +113,29 @@ void multiply_panels(const Kernels& kernels, Scratch& scratch, const Product& pr
 }
 
 }  // namespace
+
+void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const int8_t* x, int32_t* sums) {
+  const int groups = linear.block_groups(), lines = linear.block_lines() - groups * kBase3Lines;
+  const uint8_t* const codes = linear.panel(panel) + block * linear.block_bytes();
+  if (groups == 0) return kernels.gemv_panel(codes, lines, x, sums);
+  kernels.gemv_base3(codes, groups, x, sums);
+  if (lines == 0) return;
+  int32_t rest[kPanelRows];
+  kernels.gemv_panel(codes + std::size_t(groups) * kBase3Bytes, lines, x + std::size_t(groups) * kBase3K, rest);
+  for (int r = 0; r < kPanelRows; ++r) sums[r] += rest[r];
+}
+
+void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8_t* codes) {
+  const uint8_t* from = linear.panel(panel);
+  if (linear.block_groups() == 0) return kernels.unpack_panel(from, linear.num_lines(), codes);
+  const int groups = linear.block_groups(), lines = linear.block_lines() - groups * kBase3Lines;
+  for (int block = 0; block < linear.num_blocks; ++block, from += linear.block_bytes()) {
+    kernels.unpack_base3(from, groups, codes);
+    codes += std::size_t(groups) * kBase3K * kPanelRows;
+    kernels.unpack_panel(from + std::size_t(groups) * kBase3Bytes, lines, codes);
+    codes += std::size_t(lines) * kLineK * kPanelRows;
+  }
+}
 
 void Int8Tokens::resize(int tokens, int k, int blocks) {
   num_tokens = tokens;

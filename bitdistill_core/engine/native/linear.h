@@ -41,10 +41,11 @@ inline int round_up(int value, int multiple) { return (value + multiple - 1) / m
 
 // y = (weight_scale * w_ternary) @ x + bias, x normed first where `input_norm` is given (SubLN).
 //
-// A row is num_blocks blocks of the same number of weights, each with a scale of its own; several blocks are of whole
-// lines. weight_scale is (num_panels, num_blocks, 16); where scale_stride is 0, one panel's stand for all of them.
+// Codes are 16-row panels of two bits a weight or of base 3 (layout.h). A row is num_blocks blocks of the same number of
+// weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks, 16); where scale_stride is 0, one panel's stand for all of them.
 struct Linear {
-  const uint8_t* w_packed = nullptr;
+  const uint8_t* codes = nullptr;
+  bool is_base3 = false;
   const float* weight_scale = nullptr;
   std::size_t scale_stride = 0;       // from panel to panel
   int num_blocks = 1;
@@ -55,7 +56,12 @@ struct Linear {
   int num_panels() const { return (n + kPanelRows - 1) / kPanelRows; }
   int num_lines() const { return (k + kLineK - 1) / kLineK; }
   int block_lines() const { return num_lines() / num_blocks; }
-  const uint8_t* panel(int index) const { return w_packed + std::size_t(index) * num_lines() * kLineBytes; }
+  int block_groups() const { return is_base3 ? block_lines() / kBase3Lines : 0; }  // of base 3; the rest are lines
+  std::size_t block_bytes() const {
+    return std::size_t(block_groups()) * kBase3Bytes + std::size_t(block_lines() - block_groups() * kBase3Lines) * kLineBytes;
+  }
+  std::size_t panel_bytes() const { return block_bytes() * num_blocks; }
+  const uint8_t* panel(int index) const { return codes + index * panel_bytes(); }
   const float* scales(int panel, int block) const { return weight_scale + panel * scale_stride + block * kPanelRows; }
 };
 
@@ -76,6 +82,12 @@ struct Int8Tokens {
   // Sums up each block of a row that was placed.
   void sum_blocks(int token, const int8_t* row);
 };
+
+// sums[r] = sum over k of code[r][k] * x[k] of a block of a panel; x are its K / num_blocks activations.
+void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const int8_t* x, int32_t* sums);
+
+// A panel's codes, one a byte, as [K / 4][16 rows][4].
+void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8_t* codes);
 
 // Scratch of one thread.
 struct Scratch {

@@ -18,7 +18,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// A packed matrix of pseudo-random codes and INT8 activations to multiply it with.
+// A packed matrix of pseudo-random codes, in base 3 where the kernels stream that, and INT8 activations to multiply it with.
 struct Case {
   float weight_scale[kPanelRows];
   Buffer<uint8_t> packed;
@@ -32,14 +32,15 @@ struct Case {
     linear.k = k;
     std::fill_n(weight_scale, kPanelRows, 1.0f);
     linear.weight_scale = weight_scale;
-    const std::size_t bytes = std::size_t(linear.num_panels()) * linear.num_lines() * kLineBytes;
+    linear.is_base3 = kernels.gemv_base3 != nullptr;
+    const std::size_t bytes = linear.num_panels() * linear.panel_bytes();
     uint8_t* data = packed.get(bytes);
     uint64_t state = 88172645463325252u;
     for (std::size_t i = 0; i < bytes; ++i) {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;
       data[i] = uint8_t(state % 3 | state / 3 % 3 << 2 | state / 9 % 3 << 4 | state / 27 % 3 << 6);
     }
-    linear.w_packed = data;
+    linear.codes = data;
     float* values = x.get(std::size_t(num_tokens) * k);
     for (std::size_t i = 0; i < std::size_t(num_tokens) * k; ++i) values[i] = float(i % 255) - 127;
     quantize_tokens(team, kernels, scratch.data(), values, k, k, 1, num_tokens, Norm{}, Norm{}, tokens);
@@ -144,7 +145,7 @@ double measure_gemm(const Kernels& kernels, int n, int k, int tokens, int num_th
 double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats) {
   Team team(num_threads);
   Case matrix(team, kernels, n, k, 1);
-  const double bytes = double(matrix.linear.num_panels()) * matrix.linear.num_lines() * kLineBytes;
+  const double bytes = double(matrix.linear.num_panels()) * matrix.linear.panel_bytes();
   return bytes / matrix.seconds(team, kernels, repeats) / 1e9;
 }
 
