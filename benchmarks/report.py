@@ -175,13 +175,13 @@ def points(result: Result) -> list[Point]:
     """Kernels alone, then whole models; `CAPTION` says what is counted."""
     found, active = [], result["environment"]["kernel"]
     code_bits = result["environment"].get("code_bits", 2.0)  # results of older versions have none
-    per_byte = 8 / code_bits
     for metric, values in result["figures"][KERNELS].items():
         if parts := re.fullmatch(r"gemm_(.+)_(\d+x\d+)_gmac_per_second", metric):
             label = f"GEMM {parts[2]}, {parts[1]}"
-            found.append(Point(label, per_byte * GEMM_TOKENS, median(values), GREEN))
+            bits = code_bits if parts[1] == active else 2
+            found.append(Point(label, 8 / bits * GEMM_TOKENS, median(values), GREEN))
         elif metric == "gemv_gb_per_second":
-            found.append(Point(f"GEMV, {active}", per_byte, per_byte * median(values), GREEN))
+            found.append(Point(f"GEMV, {active}", 8 / code_bits, 8 / code_bits * median(values), GREEN))
     config = shapes.student_config(result["shapes"])
     body = sum(layer.n * layer.k for layer in linear_layers(config).values())
     head = config.vocab_size * config.hidden_size
@@ -249,7 +249,7 @@ def _draw_roofs(axes: Axes, kernels: Mapping[str, Sequence[float]], active: str,
         text = f"AVX2 ceiling, {ceiling:.0f} GMAC/s\n(vpmaddubsw + vpaddw)"
         axes.text(1.3 * ridge, 0.96 * ceiling, text, fontsize=8.5, va="top")
         rates = [median(values) for metric, values in kernels.items() if metric.startswith(f"gemm_{active}_")]
-        if max(rates) > ceiling:
+        if active != "avx2" and max(rates) > ceiling:
             text = f"{active}: one instruction for the two,\nits GEMM exceeds the ceiling of AVX2"
             axes.text(50000, 0.95 * top, text, fontsize=8.5, color=GREEN, va="top", ha="right")
 

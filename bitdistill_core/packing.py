@@ -40,7 +40,7 @@ from bitdistill_core.engine.tensors import (
     TOKENIZER,
     UINT8,
     Encoding,
-    check_finite,
+    check_numbers,
     check_tensors,
     encoding_of,
 )
@@ -154,7 +154,7 @@ def write_student(
     tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
     tensors[TASK] = np.frombuffer(json.dumps(task).encode(), np.uint8)
     check_tensors("the model", engine, tensors)
-    check_finite("the model", tensors)
+    check_numbers("the model", tensors)
     write_packed(path, config=config, tensors=tensors, created_by=created_by)
 
 
@@ -241,7 +241,7 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     # Likewise, one at a time: the norms of a whole vocabulary are not needed to classify.
     for name, tensor in tensors.items():
         if tensor.dtype == np.float32:
-            check_finite(f"path={path}", {name: model.read(name)})
+            check_numbers(f"path={path}", {name: model.read(name)})
     return model
 
 

@@ -25,6 +25,9 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
+MAX_HIDDEN_SIZE = 1 << 16  # the sums of the output head's INT8 rows fit 32 bits
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """One decoder-only architecture. Every field is written to the packed file and required in it."""
@@ -218,6 +221,10 @@ def _check_values(fields: dict[str, Any]) -> None:
             lambda v: isinstance(v, dict) and all(map(is_rope, v.values())),
         ),
         "eos_token_ids": ("a list of token ids", lambda v: isinstance(v, list) and all(type(i) is int for i in v)),
+        "hidden_size": (
+            f"an integer from 1 to {MAX_HIDDEN_SIZE}",
+            lambda v: type(v) is int and 0 < v <= MAX_HIDDEN_SIZE,
+        ),
         "sliding_window": ("null or a positive integer", lambda v: v is None or is_count(v)),
         "final_logit_softcapping": ("null or a number above 0", lambda v: v is None or (is_number(v) and v > 0)),
     }

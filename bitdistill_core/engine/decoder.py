@@ -12,7 +12,7 @@ from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, li
 from bitdistill_core.engine.kernels import _native, expand_base3, is_sound, streams_base3
 from bitdistill_core.engine.memory import part_of
 from bitdistill_core.engine.tensors import CODES
-from bitdistill_core.packing import PackedModel
+from bitdistill_core.packing import HASH_THREADS, PackedModel
 from bitdistill_core.panels import panel_scales
 
 Floats = NDArray[np.float32]
@@ -146,7 +146,7 @@ def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[st
         return {tensor: codes, f"{name}.weight_scale": panel_scales(scale, linear.n)}
 
     linears = linear_layers(model.config)
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(min(num_threads, HASH_THREADS)) as pool:
         found = list(pool.map(arrays_of, linears, linears.values()))
     return {name: array for arrays in found for name, array in arrays.items()}
 

@@ -68,6 +68,7 @@ def is_sound(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> b
 
 def expand_base3(w_base3: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> NDArray[np.uint8]:
     """The `w_packed` that `w_base3` holds, on a 64-byte address. Wrong codes, see `is_sound`, give wrong codes."""
+    _check_array("w_base3", w_base3, np.dtype(np.uint8), 2)
     _check_codes(w_base3, n, k, num_blocks)
     shape = packed_shape(n, k)
     buffer = np.empty(math.prod(shape) + LINE_BYTES, np.uint8)
@@ -144,7 +145,7 @@ def _check_codes(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int) -> N
     _check_array("w_base3" if is_base3 else "w_packed", codes, np.dtype(np.uint8), 2 if is_base3 else 3)
     if not 0 < k <= _native.MAX_K:
         raise ValueError(f"the sums are exact for K from 1 to {_native.MAX_K}; got K={k}")
-    if num_blocks > 1 and k % (num_blocks * LINE_K):
+    if num_blocks < 1 or (num_blocks > 1 and k % (num_blocks * LINE_K)):
         raise ValueError(f"a block must be a multiple of {LINE_K} weights; got k={k} num_blocks={num_blocks}")
     shape = base3_shape(n, k, num_blocks) if is_base3 else packed_shape(n, k)
     if n < 1 or codes.shape != shape:

@@ -14,6 +14,7 @@ UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 
 Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with three in five bits
 CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}  # by encoding, the end of the tensors' names
+ROW_NUMBERS = ("row_scale", "row_norm", "scan_error", "next_error")  # of an embedding, one a row
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
@@ -48,12 +49,17 @@ def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.nd
             )
 
 
-def check_finite(source: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError, naming `source`, when a tensor holds NaN or infinity."""
+def check_numbers(source: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError, naming `source`, when a tensor holds NaN, infinity or, of the head, a negative scale or norm."""
     for name, tensor in tensors.items():
         if tensor.dtype == FLOAT32 and not np.isfinite(tensor).all():
             raise ValueError(
                 f"a packed model holds finite numbers only; got NaN or infinity in tensor={name} ({source})"
+            )
+        if name.endswith(ROW_NUMBERS) and tensor.min() < 0:
+            raise ValueError(
+                f"scales and norms of rows are at least 0; got {tensor.min()} in tensor={name} ({source}); pack it "
+                "again"
             )
 
 
@@ -79,7 +85,7 @@ def _expected_tensors(config: EngineConfig, encoding: Encoding, block_size: int 
         expected[f"{name}.scan"] = UINT8, scan_shape(config.vocab_size, config.hidden_size)
         expected[f"{name}.next"] = UINT8, next_shape(config.vocab_size, config.hidden_size)
         expected[f"{name}.rest"] = UINT8, rest_shape(config.vocab_size, config.hidden_size)
-        for scalars in ("row_scale", "row_norm", "scan_error", "next_error"):
+        for scalars in ROW_NUMBERS:
             expected[f"{name}.{scalars}"] = FLOAT32, (config.vocab_size,)
     return expected
 

@@ -174,7 +174,7 @@ def test_a_team_ends_whatever_its_threads_are_at() -> None:
     script = (
         "import numpy as np\n"
         "from bitdistill_core.engine import kernels\n"
-        "from bitdistill_core.panels import pack_base3, pack_ternary\n"
+        "from bitdistill_core.panels import pack_ternary\n"
         "x, packed = np.ones((1, 16), np.int8), pack_ternary(np.ones((64, 16), np.int8))\n"
         "for _ in range(10_000):\n"
         "    kernels.ternary_matmul(x, packed, 64, num_threads=8)\n"
@@ -231,5 +231,10 @@ def test_rejects_arguments_the_kernel_would_misread() -> None:
         kernels.ternary_matmul(x, np.zeros((2, 2, 32), np.uint8), 17)
     with pytest.raises(ValueError, match=r"kernel must be one of .*scalar.* on this processor; got kernel=neon9"):
         kernels.ternary_matmul(x, packed, 17, kernel="neon9")
+    for num_blocks in (-1, 0, 3):
+        with pytest.raises(ValueError, match=rf"a multiple of 16 weights; got k=32 num_blocks={num_blocks}"):
+            kernels.is_sound(packed, 17, 32, num_blocks)
+    with pytest.raises(ValueError, match="w_base3 must be a NumPy array of dtype uint8 with 2 dimensions"):
+        kernels.expand_base3(packed, 17, 32)
     with pytest.raises(ValueError, match="exact for K from 1 to"):
         kernels.ternary_matmul(np.zeros((1, 2**22 + 16), np.int8), np.zeros((1, 2**18 + 1, 64), np.uint8), 1)

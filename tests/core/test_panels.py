@@ -139,7 +139,7 @@ def test_base_three_rejects_another_shape_and_blocks_of_no_whole_lines() -> None
     w_packed = pack_ternary(np.ones((16, 48), np.int8))
     with pytest.raises(ValueError, match=r"n=17 k=48 in num_blocks=1 have shape=\(2, 192\); got shape=\(1, 192\)"):
         expand_base3(pack_base3(w_packed), 17, 48)
-    with pytest.raises(ValueError, match="whole lines of 16 weights; got lines=3 num_blocks=2"):
+    with pytest.raises(ValueError, match="blocks of a multiple of 16; got num_blocks=2 in 3 times 16 columns; choose"):
         pack_base3(w_packed, 2)
 
 

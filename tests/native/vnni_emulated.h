@@ -12,6 +12,8 @@
 #define avx_vnni_kernels emulated_avx_vnni_kernels
 #define avx512_vnni_kernels emulated_avx512_vnni_kernels
 #define avx512_vbmi_kernels emulated_avx512_vbmi_kernels
+#define avx512_vbmi_gemv_base3 emulated_avx512_vbmi_gemv_base3
+#define avx512_vbmi_unpack_base3 emulated_avx512_vbmi_unpack_base3
 
 namespace vnni_emulated {
 namespace {

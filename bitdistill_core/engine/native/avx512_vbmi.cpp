@@ -1,5 +1,5 @@
-// The AVX-512 VNNI kernels, and base 3 as it lies in the file: vpermb looks 64 codes up at once. Compiled with
-// -mavx512vbmi beside the flags of avx512_vnni.cpp, and called only where the processor has it.
+// Base 3 as it lies in the file, for the second table of avx512_vnni.cpp: vpermb looks 64 codes up at once. Compiled with
+// -mavx512vbmi beside the flags of that file, and called only where the processor has it.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -45,8 +45,10 @@ __attribute__((always_inline)) inline void for_steps(const uint8_t* group, __m51
   value(7, _mm512_srli_epi16(nibbles, 4), _mm512_srli_epi16(bits, 3));
 }
 
+}  // namespace
+
 // |sum of code * x| fits int32 (kMaxK). Six sums, to hide the latency of vpdpbusd.
-void gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
+void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
   const __m512i first = code_table<1>(), second = code_table<3>(), third = code_table<9>();
   Int16x32 partial[6] = {};
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, x += kBase3K) {
@@ -64,26 +66,12 @@ void gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t*
   __builtin_memcpy(sums, &total, sizeof total);
 }
 
-void unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {
+void avx512_vbmi_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {
   const __m512i first = code_table<1>(), second = code_table<3>(), third = code_table<9>();
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, codes += kBase3K * kPanelRows) {
     for_steps(groups, first, second, third,
               [&](int step, __m512i vector) { _mm512_store_si512(codes + step * kLineBytes, vector); });
   }
-}
-
-}  // namespace
-
-const Kernels* avx512_vbmi_kernels() {
-  static const Kernels kernels = [] {
-    Kernels table = *avx512_vnni_kernels();
-    table.name = "avx512-vbmi";
-    table.needs = "AVX-512 F, BW, DQ, VL, VNNI and VBMI, FMA and F16C";
-    table.gemv_base3 = gemv_base3;
-    table.unpack_base3 = unpack_base3;
-    return table;
-  }();
-  return &kernels;
 }
 
 }  // namespace bitdistill

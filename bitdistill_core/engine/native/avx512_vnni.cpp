@@ -150,8 +150,19 @@ constexpr Kernels kKernels = {.name = "avx512-vnni", .needs = "AVX-512 F, BW, DQ
                               .gemm_tile = gemm_tile,
                               .gemm_pair = gemm_pair, .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
+// A constant: asking for it must not run an instruction of this file.
+constinit const Kernels kVbmiKernels = [] {
+  Kernels table = kKernels;
+  table.name = "avx512-vbmi";
+  table.needs = "AVX-512 F, BW, DQ, VL, VNNI and VBMI, FMA and F16C";
+  table.gemv_base3 = avx512_vbmi_gemv_base3;
+  table.unpack_base3 = avx512_vbmi_unpack_base3;
+  return table;
+}();
+
 }  // namespace
 
 const Kernels* avx512_vnni_kernels() { return &kKernels; }
+const Kernels* avx512_vbmi_kernels() { return &kVbmiKernels; }
 
 }  // namespace bitdistill

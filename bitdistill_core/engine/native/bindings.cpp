@@ -334,7 +334,7 @@ NB_MODULE(_native, module) {
       .def("row_logits", &PackedModel::row_logits, nb::arg("hidden"), nb::arg("rows"))
       .def("logits", &PackedModel::logits, nb::arg("hidden"))
       .def("top", &PackedModel::top, nb::arg("hidden"), nb::arg("count"),
-           "The largest (token, logit), and how many rows were read in full and computed in float32 to know them.");
+           "The largest (token, logit), and of how many rows it took the sixth bit, and the whole row in float32.");
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   module.def("measure_multiply_add_ceiling", &measure_multiply_add_ceiling, nb::arg("num_threads"), nb::arg("seconds"),
              released);

@@ -138,7 +138,7 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   // 1. The upper five bits of every row: the rows that look largest by them, and the most that a row of each panel can
   //    reach. q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice
   //    that is an integer.
-  const int32_t middle = (7 - 256) * query.sum;
+  const uint32_t middle = uint32_t((7 - 256) * query.sum);  // the sum of the two fits int32, each alone may not
   const float half_scale = 0.5f * query.scale;
   const float per_error = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
   std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
@@ -149,7 +149,7 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     const auto fill = [&](int filled) {
       for (int r = 0; r < filled; ++r) {
         const float scale = rows.row_scale[first + r], error = rows.scan_error[first + r];
-        values[r] = half_scale * float(16 * sums[first + r] + middle) * scale;
+        values[r] = half_scale * float(int32_t(16 * uint32_t(sums[first + r]) + middle)) * scale;
         bounds[r] = values[r] + scale * (per_error * error + per_row_norm * rows.row_norm[first + r]);
       }
     };
@@ -202,10 +202,13 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   for (Candidate& guess : guesses) guess.logit = exact(guess.id, rest.data(), w_int8.data());
   std::sort(guesses.begin(), guesses.end(), goes_before);
   const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
+  std::vector<int> guessed;  // in order of their ids
+  for (const Candidate& guess : guesses) guessed.push_back(guess.id);
+  std::sort(guessed.begin(), guessed.end());
 
-  // 3. Every row that may reach the floor: its next bit, and if it still may, float32. q . w = 4 q . (u >> 2) +
+  // 3. Every other row that may reach the floor: its next bit, and if it still may, float32. q . w = 4 q . (u >> 2) +
   //    q . (u & 3) - 128 sum q, with 1.5 for the lowest two bits. Twice that is an integer.
-  const int32_t next_middle = (3 - 256) * query.sum;
+  const uint32_t next_middle = uint32_t((3 - 256) * query.sum);
   std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
   team.run(num_shares, [&](int share, int) {
     found[share].clear();
@@ -217,8 +220,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
       if (panel_bound[panel] < floor) continue;
       coarse(panel, values, bounds);
       for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
-        if (bounds[r] < floor) continue;
-        candidates.push_back(panel * kPanelRows + r);
+        const int v = panel * kPanelRows + r;
+        if (bounds[r] < floor || std::binary_search(guessed.begin(), guessed.end(), v)) continue;
+        candidates.push_back(v);
         const uint8_t* const next = rows.next + candidates.back() * rows.next_bytes();
         for (std::size_t line = 0; line < rows.next_bytes(); line += kLineBytes) __builtin_prefetch(next + line);
       }
@@ -226,8 +230,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     int computed = 0;
     for (const int v : candidates) {
       const uint8_t* const next = rows.next + v * rows.next_bytes();
-      const int32_t twice = 16 * sums[v] + 8 * kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
-      const float scale = rows.row_scale[v], value = half_scale * float(twice + next_middle) * scale;
+      const int32_t bit_sum = kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
+      const int32_t twice = int32_t(16 * uint32_t(sums[v]) + 8 * uint32_t(bit_sum) + next_middle);
+      const float scale = rows.row_scale[v], value = half_scale * float(twice) * scale;
       if (value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < floor) continue;
       ++computed;
       const float logit = exact(v, rest.data(), w_int8.data());
@@ -238,6 +243,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   });
   require(is_read);
   std::vector<Candidate> result;
+  for (const Candidate& guess : guesses) {
+    if (guess.logit >= floor) result.push_back(guess);
+  }
   for (const std::vector<Candidate>& best : found) result.insert(result.end(), best.begin(), best.end());
   const std::size_t wanted = std::min(result.size(), std::size_t(count));
   std::partial_sort(result.begin(), result.begin() + wanted, result.end(), goes_before);

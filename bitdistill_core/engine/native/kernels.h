@@ -103,4 +103,10 @@ const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_vbmi_kernels();
 const Kernels* neon_kernels();
 
+// Base 3: the specification, and what the table avx512-vbmi has of avx512_vbmi.cpp.
+void scalar_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
+void scalar_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes);
+void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
+void avx512_vbmi_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes);
+
 }  // namespace bitdistill

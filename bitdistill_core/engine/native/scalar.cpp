@@ -24,28 +24,6 @@ void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
   }
 }
 
-void unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {
-  constexpr int kPowers[] = {1, 3, 9};
-  for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes) {
-    for (int step = 0; step < kBase3K / 4; ++step) {
-      const int i = step / 3;
-      for (int j = 0; j < kLineBytes; ++j) {
-        const int nibble = groups[i / 2 * kLineBytes + j] >> i % 2 * 4 & 15, bit = groups[4 * kLineBytes + j] >> i & 1;
-        *codes++ = (bit << 4 | nibble) / kPowers[step % 3] % 3;
-      }
-    }
-  }
-}
-
-void gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
-  for (int row = 0; row < kPanelRows; ++row) sums[row] = 0;
-  for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes, x += kBase3K) {
-    uint8_t codes[kBase3K * kPanelRows];
-    unpack_base3(groups, 1, codes);
-    for (int i = 0; i < kBase3K * kPanelRows; ++i) sums[i / 4 % kPanelRows] += codes[i] * x[i / (4 * kPanelRows) * 4 + i % 4];
-  }
-}
-
 void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums) {
   for (int t = 0; t < kTileTokens; ++t) {
     for (int row = 0; row < kPanelRows; ++row) {
@@ -75,11 +53,33 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 }
 
 constexpr Kernels kKernels = {.name = "scalar", .needs = "any processor", .gemv_panel = gemv_panel,
-                              .unpack_panel = unpack_panel, .gemv_base3 = gemv_base3, .unpack_base3 = unpack_base3,
+                              .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
                               .gemm_tile = gemm_tile, .gemm_pair = nullptr, .scan_panel = scan_panel,
                               BITDISTILL_FLOAT_OPS};
 
 }  // namespace
+
+void scalar_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {
+  constexpr int kPowers[] = {1, 3, 9};
+  for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes) {
+    for (int step = 0; step < kBase3K / 4; ++step) {
+      const int i = step / 3;
+      for (int j = 0; j < kLineBytes; ++j) {
+        const int nibble = groups[i / 2 * kLineBytes + j] >> i % 2 * 4 & 15, bit = groups[4 * kLineBytes + j] >> i & 1;
+        *codes++ = (bit << 4 | nibble) / kPowers[step % 3] % 3;
+      }
+    }
+  }
+}
+
+void scalar_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
+  for (int row = 0; row < kPanelRows; ++row) sums[row] = 0;
+  for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes, x += kBase3K) {
+    uint8_t codes[kBase3K * kPanelRows];
+    scalar_unpack_base3(groups, 1, codes);
+    for (int i = 0; i < kBase3K * kPanelRows; ++i) sums[i / 4 % kPanelRows] += codes[i] * x[i / (4 * kPanelRows) * 4 + i % 4];
+  }
+}
 
 const Kernels* scalar_kernels() { return &kKernels; }
 
