@@ -115,17 +115,32 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if not (path / "config.json").is_file():
             raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
         checkpoint = str(path)
-    require_supported(_load_config(checkpoint, **source))
+    config = _load_config(checkpoint, **source)
+    require_supported(config)
+    if surgery_record(config) is not None:
+        raise ValueError(
+            f"base.checkpoint must be a full-precision model; got a student in base.checkpoint={checkpoint}; take the "
+            "model that it was made of"
+        )
     options: dict[str, Any] = {}
+    loaded: Any
     if source:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True, **source, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source)
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise ValueError(f"cannot load base.checkpoint={checkpoint}: {_first_line(error)}") from None
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"a base model has every weight of its architecture; got missing={len(missing)} in base.checkpoint="
+            f"{checkpoint}, the first {missing[0]}; take a causal language model, not a classifier or an adapter"
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.eval(), tokenizer

@@ -1,6 +1,6 @@
 """The general corpus as token blocks: documents joined by the end-of-text token, cut into blocks of equal length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,17 +63,31 @@ def sample_sequences(
         ValueError: fewer tokens than asked for.
     """
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-    texts = [text for file in files for text in pq.read_table(file, columns=[column])[column].to_pylist()]
+    order = np.random.default_rng(seed).permutation(sum(pq.read_metadata(file).num_rows for file in files))
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
-    for index in np.random.default_rng(seed).permutation(len(texts)):
-        ids += tokenizer(texts[index], add_special_tokens=False)["input_ids"] + end
-        if len(ids) >= num_sequences * length:
-            return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
+    for begin in range(0, len(order), DOCUMENTS_AT_ONCE):
+        for text in _texts_at(files, column, order[begin : begin + DOCUMENTS_AT_ONCE]):
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+            if len(ids) >= num_sequences * length:
+                return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
     raise ValueError(
         f"calibration needs num_sequences * length = {num_sequences * length} tokens; path={source} has {len(ids)}; "
         "lower surgery.calibration_sequences"
     )
+
+
+def _texts_at(files: Sequence[Path], column: str, rows: np.ndarray) -> list[str]:
+    """The texts of some rows, counted through all files, in the order of `rows`; a few at a time in memory."""
+    found: dict[int, str] = {}
+    first = 0
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
+                here = rows[(rows >= first) & (rows < first + batch.num_rows)]
+                found.update(zip(here.tolist(), batch.column(0).take(here - first).to_pylist(), strict=True))
+                first += batch.num_rows
+    return [found[row] for row in rows.tolist()]
 
 
 class BlockBatches:

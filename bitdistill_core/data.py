@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core.engine.tokenizer import keep_end
 from bitdistill_core.losses import Batch, Totals
@@ -43,13 +43,22 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ends: bool
     return ids
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a generation: the model's own, and the tokenizer's, which training teaches."""
+    own = model.config.eos_token_id
+    if model.generation_config is not None and model.generation_config.eos_token_id is not None:
+        own = model.generation_config.eos_token_id
+    ids = [own] if isinstance(own, int) else list(own or [])
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])})
+
+
 def load_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, window: int, is_generation: bool
 ) -> list[Example]:
     """Tokenised examples of a parquet file with columns `prompt` and `answer`.
 
     A prompt that does not fit `max_length` together with its answer loses tokens on the left, after the leading
-    special token.
+    special token. A reference text keeps at most half of `max_length`, and loses its end.
 
     Args:
         max_length: tokens of prompt and answer; window: the model's, which max_length must not exceed.
@@ -85,7 +94,9 @@ class ExampleBatches:
     A pure function of (examples, seed, step).
     """
 
-    GROUP = 16  # batches among which examples are sorted by length
+    GROUP = (
+        16  # batches among which examples are sorted by length, at most a quarter of an epoch's: so that batches vary
+    )
 
     def __init__(self, examples: Sequence[Example], *, batch_size: int, gradient_accumulation: int, seed: int) -> None:
         self.examples = examples
@@ -120,8 +131,9 @@ class ExampleBatches:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.examples))
         batches: list[np.ndarray] = []
-        for start in range(0, len(order), self.batch_size * self.GROUP):
-            group = order[start : start + self.batch_size * self.GROUP]
+        size = self.batch_size * min(self.GROUP, max(1, self.steps_per_epoch // 4))
+        for start in range(0, len(order), size):
+            group = order[start : start + size]
             group = group[np.argsort(self._lengths[group], kind="stable")]
             full = len(group) // self.batch_size * self.batch_size
             batches += [group[i : i + self.batch_size] for i in range(0, full, self.batch_size)]

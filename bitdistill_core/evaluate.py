@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import losses
-from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, num_leading
+from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, num_leading
 from bitdistill_core.engine.tokenizer import keep_end
 from bitdistill_core.progress import progress_bar
 
@@ -99,6 +99,7 @@ class TorchScorer:
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            eos_token_id=end_ids(self.model, self.tokenizer) or None,
             pad_token_id=self.tokenizer.eos_token_id,
         )
         return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
@@ -140,7 +141,7 @@ class PackedScorer:
 
 
 def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -> Sequence[Request]:
-    """Prompts that do not fit the window beside their answer lose their beginning, as in training.
+    """Prompts that do not fit the window beside their answer lose their beginning; training cuts at max_length already.
 
     Args:
         leading: marks before a text, which stay.

@@ -114,8 +114,8 @@ def pack_base3(w_packed: NDArray[np.uint8], num_blocks: int = 1) -> NDArray[np.u
     panels, lines, _ = w_packed.shape
     if num_blocks < 1 or lines % num_blocks:
         raise ValueError(
-            f"weights that share a scale are packed in blocks of a multiple of {LINE_K}; got num_blocks={num_blocks} in "
-            f"{lines} times {LINE_K} columns; choose another block size for the student"
+            f"weights that share a scale are packed in blocks of a multiple of {LINE_K}; got num_blocks={num_blocks} "
+            f"in {lines} times {LINE_K} columns; choose another block size for the student"
         )
     blocks = w_packed.reshape(panels, num_blocks, lines // num_blocks, LINE_BYTES)
     groups, rest = divmod(lines // num_blocks, BASE3_LINES)

@@ -5,11 +5,16 @@ Not for deciding what is up to date (manifest.py) or when to run (flows/).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 
+from transformers import PreTrainedTokenizerBase
+
 from bitdistill_core import checkpoint
 from bitdistill_core.config import Params
+from bitdistill_core.data import encode_answer
+from bitdistill_core.engine.config import engine_config
 from bitdistill_core.manifest import Report, Result, discard, execute
 from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.runtime import prepare_runtime
@@ -152,3 +157,28 @@ def require_fit(params: Params, base_dir: Path) -> None:
         require_divisible(surgery.weight_quantizer(params.surgery), width, name)
     if params.distill.attention_kd_weight:
         distill.layer_pairs(params.distill, model, model)
+    record = {"subln": params.surgery.subln, "sub_norm_eps": params.surgery.sub_norm_eps}
+    engine_config(model.to_dict() | {"bitdistill": record})  # what cannot be packed
+    require_tokenizer(params, checkpoint.load_tokenizer(base_dir))
+
+
+def require_tokenizer(params: Params, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer that cannot be packed or does not tell the answers of the task apart."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the packed file needs a fast tokenizer; got {type(tokenizer).__name__}; save the base model with one"
+        )
+    template = params.data.resolved_template
+    ends = params.pretrain.num_tokens > 0 or params.pretrain.blockwise.num_epochs > 0 or template.kind == "generation"
+    if ends and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "pre-training and generation need an end-of-text token; the tokenizer's eos_token is None; set it in the "
+            "base model's tokenizer_config.json"
+        )
+    answers = {word: encode_answer(tokenizer, " " + word, ends=False) for word in template.label_words}
+    for (word, ids), (other, others) in permutations(answers.items(), 2):
+        if others[: len(ids)] == ids:
+            raise ValueError(
+                "no label word may begin with all tokens of another, which would always be more probable; got "
+                f"label_words={word!r} and {other!r}, tokens={ids} and {others}; choose other words in data.template"
+            )

@@ -79,6 +79,8 @@ class Template(BaseModel):
                 if value == one and type(value) is type(one):  # in Python True == 1 == 1.0
                     return index
         for values in known:  # CSV holds nothing but text
+            if values is not self.label_words and any(word.lstrip("-").isdigit() for word in self.label_words):
+                continue  # "1" may be a place or a word: then only words and label_values say which
             if value in map(str, values):
                 return [str(one) for one in values].index(value)
         wanted = self.label_values or [*range(len(self.label_words)), *self.label_words]

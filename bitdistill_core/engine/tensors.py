@@ -50,7 +50,7 @@ def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.nd
 
 
 def check_numbers(source: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError, naming `source`, when a tensor holds NaN, infinity or, of the head, a negative scale or norm."""
+    """Raises ValueError, naming `source`, for NaN or infinity in a tensor, or a negative scale or norm of the head."""
     for name, tensor in tensors.items():
         if tensor.dtype == FLOAT32 and not np.isfinite(tensor).all():
             raise ValueError(

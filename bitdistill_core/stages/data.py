@@ -90,6 +90,7 @@ def run(
     texts = data_sources.iter_texts(corpus, config.corpus_column, limit=config.corpus_documents)
     metrics["data/num_documents"] = _write_corpus(texts, out_dir / "corpus")
     if template.kind == "classification":
+        _require_every_label(tables[config.train_split], template.label_words, config.train_split)
         metrics.update(_floors(tables[config.train_split], tables[config.eval_splits[0]]))
     task = Task(config.task, template.kind, config.eval_splits, template.prompt, template.label_words)
     (out_dir / "task.json").write_text(json.dumps(asdict(task), indent=1) + "\n")
@@ -127,6 +128,15 @@ def _render(rows: Iterable[Mapping[str, Any]], template: Template, split: str) -
         "label": pa.int64(),
         "reference": pa.string(),
     }))  # fmt: skip
+
+
+def _require_every_label(train: pa.Table, label_words: list[str], split: str) -> None:
+    absent = sorted(set(range(len(label_words))) - set(train["label"].to_pylist()))
+    if absent:
+        raise ValueError(
+            f"every label word must occur in the training split; got none of {label_words[absent[0]]!r} among "
+            f"num_examples={train.num_rows} of split={split}; check label_words and label_values, or take more examples"
+        )
 
 
 def _write_corpus(texts: Iterator[str], directory: Path) -> int:

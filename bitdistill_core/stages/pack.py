@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.config import PackConfig
-from bitdistill_core.data import encode_prompt
+from bitdistill_core.data import encode_prompt, end_ids
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.engine.tensors import Encoding
@@ -60,6 +60,7 @@ def run(
         out_dir / PACKED,
         task={"name": task.name, "kind": task.kind, "prompt": task.prompt, "label_words": task.label_words},
         encoding=config.encoding,
+        eos_token_ids=end_ids(student, tokenizer),
     )
     engine = Engine.load(out_dir / PACKED)
     table = pq.read_table(examples_path(inputs.data, task.eval_splits[0]), columns=["prompt"])
@@ -67,8 +68,11 @@ def run(
     window = int(student.config.max_position_embeddings)
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, tokens, strict=True):
-        if engine.tokenizer.encode(prompt, add_special_tokens=True) != ids:
-            raise ValueError(f"the packed tokenizer encodes prompt={prompt[:60]!r} differently from the student's")
+        if engine.prompt_ids(prompt) != ids:
+            raise ValueError(
+                f"the packed tokenizer encodes prompt={prompt[:60]!r} differently from the student's; "
+                "save the base model with a fast tokenizer of transformers"
+            )
     tokens = [ids[-window:] for ids in tokens]
     expected = _last_logits(student, tokens)
     got = [engine.logits(ids)[-1] for ids in tokens]
@@ -106,9 +110,12 @@ def pack_model(
     *,
     task: dict[str, object],
     encoding: Encoding,
+    eos_token_ids: list[int] | None = None,
 ) -> None:
     """Quantises the latent weights of `student` and writes the packed file at `path`.
 
+    Args:
+        eos_token_ids: tokens that end a generation; None takes those of the student's config.
     Raises:
         ValueError: a dense model, an architecture or option the engine lacks, NaN or infinity in a tensor.
     """
@@ -129,7 +136,7 @@ def pack_model(
     }
     write_student(
         path,
-        config=engine_config(student.config.to_dict(), eos_token_ids=_eos_ids(student)),
+        config=engine_config(student.config.to_dict(), eos_token_ids=eos_token_ids),
         linears=linears,
         embeddings=embeddings,
         norms=norms,
@@ -160,13 +167,6 @@ def _int8(module: nn.Module) -> Int8Rows:
         raise ValueError("a packed model holds finite numbers only; got NaN or infinity in an embedding")
     codes, scale = quantize_rows(weight)
     return Int8Rows(codes.numpy(), scale.numpy())
-
-
-def _eos_ids(student: PreTrainedModel) -> list[int]:
-    eos = student.config.eos_token_id
-    if student.generation_config is not None and student.generation_config.eos_token_id is not None:
-        eos = student.generation_config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 @torch.no_grad()

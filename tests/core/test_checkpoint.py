@@ -110,6 +110,27 @@ def test_a_hugging_face_directory_loads(tokenizer: PreTrainedTokenizerFast, tmp_
     shutil.rmtree(tmp_path)
 
 
+def test_a_base_that_lacks_weights_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build("llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    checkpoint.load_pretrained(str(tmp_path))
+    state = load_file(tmp_path / "model.safetensors")
+    del state["lm_head.weight"]  # as of a classifier
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"got missing=1 in base.checkpoint=.*, the first lm_head.weight; take a causal"
+    ):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("subln", ["none", "output"])
+def test_a_student_is_no_base(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, subln: str) -> None:
+    checkpoint.save_model(make_student(build("qwen3"), subln), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"must be a full-precision model; got a student in base.checkpoint="):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
 def test_rounded_embeddings_stay_tied_and_close() -> None:
     model = build("qwen3")
     before = model.get_input_embeddings().weight.detach().clone()

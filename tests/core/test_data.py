@@ -14,7 +14,7 @@ from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
 from bitdistill_core.stages.base import train_tokenizer
-from bitdistill_core.stages.data import _sample
+from bitdistill_core.stages.data import _require_every_label, _sample
 from bitdistill_core.templates import TEMPLATES, Template
 
 
@@ -101,6 +101,9 @@ def test_label_values_must_pair_up_with_label_words(values: list[str]) -> None:
 def test_words_that_are_numbers_count_before_their_places() -> None:
     template = Template(kind="classification", prompt="{a}:", label_words=["1", "2", "3"], answer_column="stars")
     assert [template.label({"stars": label}) for label in ("1", "2", "3")] == [0, 1, 2]
+    assert [template.label({"stars": label}) for label in (0, 1, 2)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"got stars='0'; set label_values"):  # the text of a place, or another scale?
+        template.label({"stars": "0"})
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,15 @@ def test_every_epoch_visits_every_example_once() -> None:
     assert [b.input_ids.tolist() for b in batches(3)] == [
         b.input_ids.tolist() for b in ExampleBatches(examples, batch_size=8, gradient_accumulation=2, seed=1)(3)
     ]
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(100, 64), (500, 32), (70, 8)])
+def test_few_examples_make_other_batches_each_epoch_and_none_is_left_out(num_examples: int, batch_size: int) -> None:
+    examples = [Example([1 + i] * (1 + i), [0]) for i in range(num_examples)]  # each of another length
+    batches = ExampleBatches(examples, batch_size=batch_size, gradient_accumulation=1, seed=1)
+    drawn = [frozenset(batches(step)[0].input_ids[:, 0].tolist()) for step in range(30 * batches.steps_per_epoch)]
+    assert frozenset.union(*drawn) == set(range(1, num_examples + 1))
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_totals_cover_the_whole_step() -> None:
@@ -245,6 +257,13 @@ def test_a_limit_draws_from_the_whole_split() -> None:
     assert _sample(rows, 0) == rows
 
 
+def test_a_label_word_that_no_training_example_has_is_an_error() -> None:
+    train = pa.table({"label": [0, 2, 2, 0]})
+    with pytest.raises(ValueError, match=r"none of 'maybe' among num_examples=4 of split=train"):
+        _require_every_label(train, ["no", "maybe", "yes"], "train")
+    _require_every_label(pa.table({"label": [1, 0]}), ["no", "yes"], "train")
+
+
 def test_naive_bayes_learns_words() -> None:
     labels = np.array([0, 1] * 10)
     texts = ["bad film", "good film"] * 10
@@ -263,7 +282,7 @@ def test_sampled_sequences_are_random_documents_joined_and_cut(tmp_path: Path) -
     texts = [f"{'abcdefgh'[i % 8]} {i} story" for i in range(40)]
     directory = tmp_path / "texts"
     directory.mkdir()
-    pq.write_table(pa.table({"text": texts[:25]}), directory / "00000.parquet")
+    pq.write_table(pa.table({"text": texts[:25]}), directory / "00000.parquet", row_group_size=5)
     pq.write_table(pa.table({"text": texts[25:]}), directory / "00001.parquet")
     tokenizer = train_tokenizer(directory, vocab_size=300)
     ids: list[int] = []

@@ -147,8 +147,8 @@ def test_bounds_of_the_head_never_lose_the_largest(tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize(("part", "lowest"), [("scan_error", 8), ("next_error", 4)])
 def test_a_row_that_gains_all_that_a_bound_allows_is_found(tmp_path: Path, part: str, lowest: int) -> None:
-    # Row 30 has nothing but lower bits, all along x: what it gains by them is the bound itself. Thirty rows look larger by
-    # their upper bits, and are a little smaller.
+    # Row 30 has nothing but lower bits, all along x: what it gains by them is the bound itself. Thirty rows look larger
+    # by their upper bits, and are a little smaller.
     sign = np.tile([1, -1], 32)
     rows = np.zeros((60, 64), np.int8)
     rows[30] = np.where(sign > 0, lowest - 1, 0)

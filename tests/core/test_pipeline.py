@@ -1,5 +1,7 @@
 """What the graph of a conversion refuses before anything is trained."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,37 @@ def test_what_the_base_model_does_not_have_is_refused(
     require_fit(params(), finished_run / "base")
     with pytest.raises(ValueError, match=message):
         require_fit(params(*override.split()), finished_run / "base")
+
+
+def custom(*words: str, kind: str = "classification") -> list[str]:
+    fields = [f"kind: {kind}", 'prompt: "{sentence}:"', f"label_words: [{', '.join(words)}]", "answer_column: label"]
+    return ["data.task=custom", f"data.template={{{', '.join(fields)}}}"]
+
+
+def test_a_label_word_that_begins_another_is_refused(finished_run: Path, tiny_overrides: list[str]) -> None:
+    def params(*words: str) -> Params:
+        return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *custom(*words)])
+
+    require_fit(params("film good", "good film"), finished_run / "base")
+    for words in (("good", "good film"), ("bad", "good film", "good")):
+        with pytest.raises(ValueError, match="got label_words='good' and 'good film', tokens="):
+            require_fit(params(*words), finished_run / "base")
+
+
+def test_what_cannot_be_packed_or_ended_is_refused_before_training(
+    finished_run: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(finished_run / "base", base)
+    params = load_params(ROOT / "params.yaml", overrides=tiny_overrides)
+    config = json.loads((base / "config.json").read_text())
+    yarn = config | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}
+    (base / "config.json").write_text(json.dumps(yarn))
+    with pytest.raises(ValueError, match="the engine supports rope_type default, linear, llama3"):
+        require_fit(params, base)
+    (base / "config.json").write_text(json.dumps(config))
+    require_fit(params, base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
+    with pytest.raises(ValueError, match="the tokenizer's eos_token is None; set it in"):
+        require_fit(params, base)
