@@ -53,7 +53,7 @@ def convert(
 ) -> None:
     """Convert a model: every stage, from data to report. Finished stages are not run again."""
     with one_line_errors():
-        from bitdistill_core.config import load_params, run_name
+        from bitdistill_core.params import load_params, run_name
 
         load_params(params_file, profile=profile, overrides=overrides, seed=seed)  # fails before a server starts
         run_name(profile, seed=seed, name=name)
@@ -87,7 +87,7 @@ def stage(
 ) -> None:
     """Run one stage; the stages before it must be finished. The last line of stdout is JSON."""
     with one_line_errors():
-        from bitdistill_core.config import load_params, run_name
+        from bitdistill_core.params import load_params, run_name
 
         if data_root is not None:
             overrides = [*overrides, f"data.data_root={json.dumps(data_root)}"]

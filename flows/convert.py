@@ -20,7 +20,8 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from bitdistill_core.config import Params, load_params, run_name
+from bitdistill_core.config import Params
+from bitdistill_core.params import load_params, run_name
 from bitdistill_core.pipeline import NODES, find_node
 from flows.server import start_temporary_server
 from tasks import stages, tracking, versioning

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitdistill_core.config import Params, load_params
+from bitdistill_core.config import Params
+from bitdistill_core.params import load_params
 from bitdistill_core.pipeline import NODES
 
 log = logging.getLogger(__name__)

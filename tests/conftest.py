@@ -25,7 +25,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
-from bitdistill_core.config import Params, load_params  # noqa: E402
+from bitdistill_core.config import Params  # noqa: E402
+from bitdistill_core.params import load_params  # noqa: E402
 from bitdistill_core.pipeline import NODES, run_node  # noqa: E402
 
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from bitdistill_core.config import Params, list_profiles, load_params
+from bitdistill_core.config import Params
+from bitdistill_core.params import list_profiles, load_params
 from bitdistill_core.pipeline import NODES, Node, find_node
 from bitdistill_core.tables.cell import chain, result_path, run_cell
 from bitdistill_core.tables.plan import Plan, read_plan

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bitdistill_core.config import Params, Section, merged, read_yaml, validated
+from bitdistill_core.config import Params, Section
+from bitdistill_core.params import merged, read_yaml, validated
 
 GROUPS = (
     *("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c"),  # the paper's

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from bitdistill_core import checkpoint
-from bitdistill_core.config import Params, read_yaml, validated
+from bitdistill_core.config import Params
+from bitdistill_core.params import read_yaml, validated
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.stages.data import Task
 

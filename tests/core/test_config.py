@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdistill_core.config import list_profiles, load_params, run_name
+from bitdistill_core.params import list_profiles, load_params, run_name
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 

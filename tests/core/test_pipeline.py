@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdistill_core.config import Params, load_params
+from bitdistill_core.config import Params
+from bitdistill_core.params import load_params
 from bitdistill_core.pipeline import require_fit
 from tests.conftest import ROOT
 

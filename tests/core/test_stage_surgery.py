@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from bitdistill_core import checkpoint
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.calibration import calibrate
-from bitdistill_core.config import load_params
 from bitdistill_core.corpus import sample_sequences
+from bitdistill_core.params import load_params
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.stages import base, surgery
 from bitdistill_core.stages.base import keep_first_layers

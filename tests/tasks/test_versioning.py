@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from bitdistill_core.config import Params, load_params
+from bitdistill_core.config import Params
+from bitdistill_core.params import load_params
 from bitdistill_core.pipeline import NODES
 from tasks import versioning
 from tests.conftest import ROOT, TINY

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from bitdistill_core.config import merged
+from bitdistill_core.params import merged
 from bitdistill_core.tables.plan import Plan, read_plan
 from tests.conftest import ROOT, TINY
 
