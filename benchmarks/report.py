@@ -110,6 +110,8 @@ def _environment(result: Result) -> str:
         f"{versions}. {result['rounds']} rounds; {sum(share > QUIET_SHARE for share in shares)} of {len(shares)} "
         f"samples disturbed (other processes took more than {QUIET_SHARE:.0%} of the cores meanwhile)."
     )
+    if "code_bits" not in facts:
+        text += " An earlier engine: packed format 3, two bits a weight, the head's lower bits read from the file."
     if flags := re.findall(r"(\w+) = 1", facts.get("llamacpp_build", "")):
         text += f" llama.cpp was compiled with {', '.join(flags)}."
     return textwrap.fill(" ".join([text, *(f"Left out: {line}." for line in result["skipped"])]), 120)
