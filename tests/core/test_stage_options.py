@@ -122,7 +122,7 @@ def test_no_tokens_leave_the_student_as_it_was(workshop: Workshop, student: Path
 
 @pytest.mark.parametrize("variant", ["paper", "authors"])
 def test_distillation_of_all_layers_and_block_outputs(workshop: Workshop, student: Path, variant: str) -> None:
-    teacher = workshop.model("teacher", seed=4)
+    teacher = workshop.model("teacher", seed=5)
     config = section("distill", loss=variant, distill_layers=[], hidden_kd_weight=5.0, grad_norm_every=0)
     inputs = {"student": student, "teacher": teacher, "data": workshop.data}
     reported = dict(workshop.run(distill, config, inputs, "distill").log)[1]
