@@ -94,9 +94,7 @@ class ExampleBatches:
     A pure function of (examples, seed, step).
     """
 
-    GROUP = (
-        16  # batches among which examples are sorted by length, at most a quarter of an epoch's: so that batches vary
-    )
+    GROUP = 16  # batches among which examples are sorted by length; at most a quarter of an epoch, so that batches vary
 
     def __init__(self, examples: Sequence[Example], *, batch_size: int, gradient_accumulation: int, seed: int) -> None:
         self.examples = examples
