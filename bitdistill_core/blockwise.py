@@ -7,6 +7,7 @@ An optimiser step quantises and updates one block only, and no gradient passes t
 and head are the teacher's from the start: its hidden states mean nothing to another head.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from bitdistill_core import train
 from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.losses import Batch
-from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
 
 
@@ -116,6 +117,13 @@ def train_blocks(
             ]
             metrics = {f"{name}/block_error": sum(errors) / len(steps)}
             report(metrics, (index + 1) * num_steps)
+    (work_dir / METRICS).write_text(json.dumps(metrics))
+    return metrics
+
+
+def read_block_metrics(work_dir: Path) -> Metrics:
+    """What `train_blocks` returned when it finished in `work_dir`."""
+    metrics: Metrics = json.loads((work_dir / METRICS).read_text())
     return metrics
 
 

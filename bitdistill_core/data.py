@@ -20,6 +20,7 @@ class Example:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    is_cut: bool = False  # whether it was longer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -75,16 +76,16 @@ def load_examples(
     leading = num_leading(tokenizer)
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        prompt_ids, answer_ids = encode_prompt(tokenizer, prompt), unique_answers[answer]
-        if is_generation:
-            answer_ids = answer_ids[: max(1, max_length // 2)]
+        prompt_ids, whole = encode_prompt(tokenizer, prompt), unique_answers[answer]
+        answer_ids = whole[: max(1, max_length // 2)] if is_generation else whole
         room = max_length - len(answer_ids)
         if room < 2:
             raise ValueError(
                 f"max_length={max_length} leaves no room for a prompt beside an answer of {len(answer_ids)} tokens; "
                 "raise max_length"
             )
-        examples.append(Example(keep_end(prompt_ids, room, leading), answer_ids))
+        is_cut = len(prompt_ids) > room or len(answer_ids) < len(whole)
+        examples.append(Example(keep_end(prompt_ids, room, leading), answer_ids, is_cut))
     return examples
 
 

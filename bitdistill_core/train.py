@@ -67,8 +67,9 @@ def fit(
     """Trains `model` in place and returns the last reported metrics.
 
     Reports `NAME/loss`, each part as `NAME/PART`, `NAME/learning_rate`, `NAME/grad_norm`, `NAME/tokens_per_second`
-    and, every `grad_norm_every` steps, the gradient norm of each part as `NAME/grad_norm_PART`. Parts are averages
-    over the steps since the last report. Schedule `two_stage` also ends weight decay at the middle step.
+    and, every `grad_norm_every` steps, each part's gradient norm in the step's first micro-batch as
+    `NAME/grad_norm_PART`. Parts are averages over the steps since the last report. Schedule `two_stage` also ends
+    weight decay at the middle step.
 
     Args:
         balance_grad_norms: every part but `task_loss` is scaled so that its gradient norm, a moving average of those

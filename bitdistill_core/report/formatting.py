@@ -12,6 +12,7 @@ PART_LABELS = {
     "task_loss": "task loss",
     "logits_kd": "logits KD",
     "attention_kd": "attention KD",
+    "hidden_kd": "block outputs",
 }
 NOT_MEASURED = "not measured"
 

@@ -13,7 +13,7 @@ from typing import Any
 METHODS = ("fp16_sft", "bitnet_sft", "bitdistill")
 PACKED = {"bitnet_sft": "bitnet_sft_packed", "bitdistill": "bitdistill_packed"}
 TRAINING_STAGES = ("base", "teacher", "pretrain", "distill", "bitnet_sft")
-LOSS_PARTS = ("loss", "task_loss", "logits_kd", "attention_kd")
+LOSS_PARTS = ("loss", "task_loss", "logits_kd", "attention_kd", "hidden_kd")
 
 Curve = list[tuple[int, float]]  # (step, value)
 

@@ -25,7 +25,7 @@ from bitdistill_core.report.weights import NUM_BINS, RANGE, WeightSummary
 INK = "#30363d"
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 METHOD_COLOURS = {"fp16_sft": INK, "bitnet_sft": ORANGE, "bitdistill": BLUE}
-PART_COLOURS = {"loss": INK, "task_loss": BLUE, "logits_kd": ORANGE, "attention_kd": GREEN}
+PART_COLOURS = {"loss": INK, "task_loss": BLUE, "logits_kd": ORANGE, "attention_kd": GREEN, "hidden_kd": VERMILION}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "path",

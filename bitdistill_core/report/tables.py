@@ -15,7 +15,7 @@ from bitdistill_core.report.formatting import (
     points,
     times,
 )
-from bitdistill_core.report.gather import METHODS, PACKED, Run
+from bitdistill_core.report.gather import METHODS, PACKED, TRAINING_STAGES, Run
 from bitdistill_core.report.weights import WeightSummary
 
 # key of a benchmark row and its label
@@ -123,6 +123,11 @@ def model_table(run: Run) -> Table:
     prefix = "data/num_examples_"
     labels.update({name: f"Examples, {name.removeprefix(prefix)}" for name in counts if name.startswith(prefix)})
     rows = [[label, f"{counts[name]:,.0f}"] for name, label in labels.items() if name in counts]
+    for stage in TRAINING_STAGES:
+        if share := run.metrics[stage].get(f"{stage}/cut_share"):
+            rows.append([f"Examples cut at {stage}.max_length", percent(share)])
+    if (epochs := run.metrics["pretrain"].get("pretrain/corpus_epochs", 0)) > 1:
+        rows.append(["Times that pre-training read the corpus", f"{epochs:.1f}"])
     return Table(["What", "Count"], rows)
 
 

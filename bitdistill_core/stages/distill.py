@@ -40,6 +40,7 @@ def run(
             do not divide the width of Q, K and V.
     """
     student, tokenizer = checkpoint.load_model(inputs.student)
+    metrics: Metrics = {}
     with ExitStack() as stack:
         loss_fn = None
         if config.is_taught:
@@ -58,7 +59,7 @@ def run(
                     batch_size=config.blockwise.batch_size,
                     without_contained=config.blockwise.drop_contained,
                 )
-                training.train_blockwise(
+                metrics = training.train_blockwise(
                     student,
                     teacher,
                     config,
@@ -77,7 +78,7 @@ def run(
         if config.threshold_margin:
             training.clear_thresholds(student, config.threshold_margin)
         on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
-        metrics = training.train_on_task(
+        metrics = metrics | training.train_on_task(
             student,
             tokenizer,
             config,

@@ -71,19 +71,17 @@ def run(
             if config.threshold_margin:
                 training.clear_thresholds(student, config.threshold_margin)
             on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
-            metrics.update(
-                training.train_on_corpus(
-                    student,
-                    tokenizer,
-                    config,
-                    inputs.data,
-                    name="pretrain",
-                    work_dir=work_dir,
-                    report=report,
-                    device=device,
-                    loss_fn=loss_fn,
-                    on_step=on_step,
-                )
+            metrics = metrics | training.train_on_corpus(
+                student,
+                tokenizer,
+                config,
+                inputs.data,
+                name="pretrain",
+                work_dir=work_dir,
+                report=report,
+                device=device,
+                loss_fn=loss_fn,
+                on_step=on_step,
             )
     checkpoint.save_model(student, tokenizer, out_dir)
     return metrics

@@ -1,5 +1,6 @@
 """What the training stages share: a section of params.yaml turned into batches, a loss and a call of `train.fit`."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
-from bitdistill_core.blockwise import train_blocks
+from bitdistill_core.blockwise import read_block_metrics, train_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
@@ -24,6 +25,8 @@ from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.latent import latent_weight
 from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_task
+
+log = logging.getLogger(__name__)
 
 
 def train_on_corpus(
@@ -46,7 +49,13 @@ def train_on_corpus(
         return {}
     add_dropout(model, config.dropout)
     batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
-    return train.fit(
+    num_epochs = num_steps * config.batch_size / batches.num_blocks
+    report({f"{name}/corpus_epochs": num_epochs}, 0)
+    if num_epochs > 1:
+        log.warning(
+            "%s: the corpus is shorter than num_tokens=%d and is read %.1f times", name, config.num_tokens, num_epochs
+        )
+    metrics = train.fit(
         model,
         batches,
         loss_fn if loss_fn is not None else _task_loss_fn(model),
@@ -54,6 +63,7 @@ def train_on_corpus(
         on_step=on_step,
         **_options(config, name=name, work_dir=work_dir, report=report, device=device),
     )
+    return {**metrics, f"{name}/corpus_epochs": num_epochs}
 
 
 def train_on_task(
@@ -74,7 +84,11 @@ def train_on_task(
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
     batches = task_batches(model, tokenizer, config, data)
-    return train.fit(
+    cut_share = sum(example.is_cut for example in batches.examples) / len(batches.examples)
+    report({f"{name}/cut_share": cut_share}, 0)
+    if cut_share:
+        log.warning("%s: %.1f%% of the examples are cut at max_length=%d", name, 100 * cut_share, config.max_length)
+    metrics = train.fit(
         model,
         batches,
         loss_fn if loss_fn is not None else _task_loss_fn(model),
@@ -84,6 +98,7 @@ def train_on_task(
         on_step=on_step,
         **_options(config, name=name, work_dir=work_dir, report=report, device=device),
     )
+    return {**metrics, f"{name}/cut_share": cut_share}
 
 
 def corpus_steps(config: BlocksSection, num_tokens: int, batch_size: int = 0) -> int:
@@ -164,7 +179,7 @@ def train_blockwise(
     Takes the first steps of `batches`, at most `num_steps` and `blockwise.num_tokens`; at least one.
     """
     if train.has_checkpoint(work_dir):  # the training that follows has begun
-        return {}
+        return read_block_metrics(work_dir / "blockwise")
     require_same_blocks(student, teacher, f"{name}.blockwise")
     steps: list[Sequence[losses.Batch]] = []
     num_tokens = 0

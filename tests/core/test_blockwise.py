@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_core.blockwise import train_blocks
 from bitdistill_core.losses import Batch
+from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
 from bitdistill_core.stages import distill, pretrain, surgery, training
 from bitdistill_core.surgery import operate
@@ -222,19 +223,21 @@ def test_blocks_are_not_trained_again_when_distillation_goes_on(workshop: Worksh
         if "distill/loss" in metrics and step == 3:
             raise KeyboardInterrupt
 
-    def go(name: str, report: Any = lambda *_: None) -> PreTrainedModel:
+    def go(name: str, report: Any = lambda *_: None) -> tuple[PreTrainedModel, Metrics]:
         out, work = workshop.root / f"out-{name}", workshop.root / f"work-{name}"
         out.mkdir(exist_ok=True)
-        distill.run(config, stages, out_dir=out, work_dir=work, report=report, device=torch.device("cpu"))
-        return load(out)
+        metrics = distill.run(config, stages, out_dir=out, work_dir=work, report=report, device=torch.device("cpu"))
+        return load(out), metrics
 
     with pytest.raises(KeyboardInterrupt):
         go("cut", stop)
     log.clear()
-    resumed = go("cut", lambda metrics, step: log.extend(metrics))
+    resumed, metrics = go("cut", lambda metrics, step: log.extend(metrics))
     assert "distill/loss" in log
     assert not any("blockwise" in name for name in log)
-    for name, value in parameters(go("whole")).items():
+    whole, expected = go("whole")
+    assert metrics["distill.blockwise/block_error"] == expected["distill.blockwise/block_error"] > 0
+    for name, value in parameters(whole).items():
         assert torch.equal(value, resumed.get_parameter(name)), name
 
 

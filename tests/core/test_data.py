@@ -128,6 +128,7 @@ def test_long_prompts_lose_tokens_on_the_left(tmp_path: Path, corpus: Path) -> N
     assert len(long.prompt_ids) + len(long.answer_ids) == 12
     assert tokenizer.decode(long.prompt_ids).endswith("sat:")
     assert tokenizer.decode(short.prompt_ids + short.answer_ids) == "a: no"
+    assert (long.is_cut, short.is_cut) == (True, False)
 
 
 def test_a_length_beyond_the_window_is_an_error(tmp_path: Path, corpus: Path) -> None:

@@ -403,6 +403,20 @@ def test_the_error_behind_each_block_is_drawn_and_counts_as_pretraining(tmp_path
     assert "after pre-training" in page
 
 
+def test_what_was_cut_or_read_again_is_said(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "demo")
+    for stage, found in (
+        ("teacher", {"teacher/cut_share": 0.25}),
+        ("distill", {"distill/cut_share": 0.0}),
+        ("pretrain", {"pretrain/corpus_epochs": 3.04}),
+    ):
+        write_json(tmp_path / "demo" / stage / "metrics.json", found)
+    text = (make_report(inputs, tmp_path / "demo" / "report") / "report.md").read_text()
+    assert "| Examples cut at teacher.max_length | 25.0% |" in text
+    assert "distill.max_length" not in text
+    assert "| Times that pre-training read the corpus | 3.0 |" in text
+
+
 def test_what_was_not_measured_is_said_and_null(gaps: Path) -> None:
     assert results_of(gaps)["rows"][0]["file_mib"] is None
     page = (gaps / "index.html").read_text()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from bitdistill_core import checkpoint, losses
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
-from bitdistill_core.data import ExampleBatches, load_examples
+from bitdistill_core.data import ExampleBatches, encode_prompt, load_examples
 from bitdistill_core.losses import Batch
 from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.relations import captured
-from bitdistill_core.stages import distill, pretrain, surgery
+from bitdistill_core.stages import distill, pretrain, surgery, teacher
 from bitdistill_core.stages.distill import layer_pairs
 from bitdistill_core.stages.training import clear_thresholds, quantization_warmup
 from tests.core.conftest import Workshop, build, section
@@ -103,6 +104,26 @@ def test_pretraining_without_a_teacher_is_cross_entropy(workshop: Workshop, stud
     reported = dict(workshop.run(pretrain, section("pretrain"), inputs, "pretrain").log)[1]
     assert reported["pretrain/loss"] == pytest.approx(cross_entropy(load(student), first_blocks(workshop)), rel=1e-4)
     assert {name for name in reported if "kd" in name} == set()
+
+
+def test_a_stage_says_what_it_cut_and_how_often_it_read_the_corpus(workshop: Workshop, student: Path) -> None:
+    data = {"data": workshop.data}
+    whole, cut = (
+        workshop.run(
+            teacher, section("teacher", max_length=length), {"model": student, **data}, f"teacher-{length}"
+        ).log
+        for length in (64, 12)
+    )
+    prompts = pq.read_table(workshop.data / "examples" / "train.parquet")["prompt"].to_pylist()
+    too_long = sum(len(encode_prompt(workshop.tokenizer, prompt)) > 12 - 1 for prompt in prompts)
+    assert too_long > 0
+    assert whole[0] == (0, {"teacher/cut_share": 0.0})
+    assert cut[0] == (0, {"teacher/cut_share": too_long / len(prompts)})
+    tokens = tokenize_corpus(workshop.data / "corpus", workshop.tokenizer, max_tokens=10**6, out=workshop.root / "all")
+    num_tokens = 5 * len(tokens) // 128 * 128
+    config = section("pretrain", num_tokens=num_tokens, block_size=32, batch_size=4, report_every=10**6)
+    finished = workshop.run(pretrain, config, {"student": student, "base": student, **data}, "pretrain")
+    assert finished.log[0] == (0, {"pretrain/corpus_epochs": num_tokens / 32 / (len(tokens) // 32)})
 
 
 def test_a_part_of_weight_0_is_not_computed(workshop: Workshop, student: Path) -> None:

@@ -29,6 +29,13 @@ bool is_sound_group(const uint8_t* group) {
   return found == 0;
 }
 
+// Code 3 is no ternary weight.
+bool has_code_3(const uint8_t* bytes, std::size_t count) {
+  uint8_t found = 0;
+  for (std::size_t i = 0; i < count; ++i) found |= bytes[i] & bytes[i] >> 1;
+  return (found & 0x55) != 0;
+}
+
 // A byte of each of the six lines is four of the 24 steps of its row and column: 48 bits, six of each value.
 void expand_group(const uint8_t* group, uint8_t* lines) {
   for (int j = 0; j < kLineBytes; ++j) {
@@ -54,7 +61,7 @@ void for_parts(const Linear& linear, OnGroup&& on_group, OnLines&& on_lines) {
 
 }  // namespace
 
-bool is_sound_base3(const Linear& linear) {
+bool is_sound(const Linear& linear) {
   bool is_sound = true;
   for_parts(
       linear, [&](const uint8_t* group) { is_sound &= is_sound_group(group); },
@@ -73,12 +80,6 @@ void expand_base3(const Linear& linear, uint8_t* lines) {
         std::memcpy(lines, from, bytes);
         lines += bytes;
       });
-}
-
-bool has_code_3(const uint8_t* bytes, std::size_t count) {
-  uint8_t found = 0;
-  for (std::size_t i = 0; i < count; ++i) found |= bytes[i] & bytes[i] >> 1;
-  return (found & 0x55) != 0;
 }
 
 }  // namespace bitdistill

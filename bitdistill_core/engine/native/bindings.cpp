@@ -135,11 +135,10 @@ void ternary_linear(const Array<const float, 2>& x, const Codes& codes, const Ar
 
 bool streams_base3(const std::string& kernel) { return kernels_named(kernel).gemv_base3 != nullptr; }
 
-bool is_sound(const Codes& codes, int n, int k, int num_blocks) {
+bool are_sound(const Codes& codes, int n, int k, int num_blocks) {
   const Linear linear = codes_of(codes, n, k, num_blocks);
-  const std::size_t bytes = codes.size();
   const nb::gil_scoped_release released;
-  return linear.is_base3 ? is_sound_base3(linear) : !has_code_3(linear.codes, bytes);
+  return is_sound(linear);
 }
 
 void expand(const Codes& w_base3, int num_blocks, const Array<uint8_t, 3>& w_packed, int k) {
@@ -315,7 +314,7 @@ NB_MODULE(_native, module) {
              nb::arg("weight_scale").noconvert(), nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
              "Fills out (T, padded N) with the products of x (T, K), quantised token by token, and scaled weights.");
   module.def("streams_base3", &streams_base3, nb::arg("kernel"), "Whether a kernel reads base 3 as it lies in the file.");
-  module.def("is_sound", &is_sound, nb::arg("codes").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("num_blocks"),
+  module.def("is_sound", &are_sound, nb::arg("codes").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("num_blocks"),
              "Whether the codes of (N, K) weights are all ternary.");
   module.def("expand_base3", &expand, nb::arg("w_base3").noconvert(), nb::arg("num_blocks"),
              nb::arg("w_packed").noconvert(), nb::arg("k"), "Fills w_packed (N/16, K/16, 64) with the codes of w_base3.");
