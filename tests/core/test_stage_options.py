@@ -20,7 +20,7 @@ from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.relations import captured
 from bitdistill_core.stages import distill, pretrain, surgery, teacher
 from bitdistill_core.stages.distill import layer_pairs
-from bitdistill_core.stages.training import clear_thresholds, quantization_warmup
+from bitdistill_core.stages.training import clear_thresholds, load_teacher, quantization_warmup
 from tests.core.conftest import Workshop, build, section
 from tests.core.test_block_outputs import block_outputs
 
@@ -302,3 +302,15 @@ def test_a_margin_needs_the_absmean_scale(workshop: Workshop, student: Path) -> 
         layer.quantizer = WeightQuantizer(scale_rule="least_squares")
     with pytest.raises(ValueError, match="threshold_margin needs scale_rule=absmean; got scale_rule=least_squares"):
         clear_thresholds(model, 0.1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_a_teacher_in_bfloat16_keeps_its_positions(workshop: Workshop, model_type: str) -> None:
+    path = workshop.model("teacher", model_type)
+    taught, _ = load_teacher(path, section("distill", precision="bfloat16"), torch.device("cpu"))
+    assert {p.dtype for p in taught.parameters()} == {torch.bfloat16}
+    buffers = dict(taught.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, value in load(path).named_buffers():
+        assert torch.equal(value, buffers[name]), name
+        assert buffers[name].dtype == value.dtype
