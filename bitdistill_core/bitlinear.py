@@ -35,6 +35,7 @@ class BitLinear(nn.Module):
         self.quantizer = quantizer
         self.hardness = 1.0
         self.input_norm = None
+        self._frozen: Tensor | None = None
         if sub_norm_eps is not None:
             self.input_norm = nn.RMSNorm(self.in_features, eps=sub_norm_eps, device=weight.device, dtype=weight.dtype)
 
@@ -49,7 +50,15 @@ class BitLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight (N, K) of the forward pass."""
+        if self._frozen is not None:
+            return self._frozen
         return self._mixed(self.weight, fake_quantize_weight(self.weight, self.quantizer))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Quantises the weight once and for all, for inference: generation would do it again for every token."""
+        self._frozen = self.quantized_weight()
+        self.requires_grad_(False)
 
     def _mixed(self, exact: Tensor, quantized: Tensor) -> Tensor:
         return quantized if self.hardness >= 1.0 else torch.lerp(exact, quantized, self.hardness)

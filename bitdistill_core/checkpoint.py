@@ -143,6 +143,9 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # a file that holds a head of its own, whatever its config says: `save_model` must keep it
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.config.tie_word_embeddings = head.weight is embedding.weight
     return model.eval(), tokenizer
 
 

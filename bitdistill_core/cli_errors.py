@@ -1,7 +1,9 @@
 """How every command ends when something is wrong: one line on stderr and an exit code, never a traceback."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +18,22 @@ def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
         resumes: the command goes on where it was interrupted.
     """
     try:
-        yield
+        with _terminable():
+            yield
     except BrokenPipeError:  # the reader has enough, like head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except MemoryError as error:
-        typer.echo(f"error: out of memory: {error or 'a smaller batch, prompt or model is needed'}", err=True)
+        typer.echo(f"error: out of memory: {str(error) or 'a smaller batch, prompt or model is needed'}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's; importing it here would slow every command
+            raise
+        typer.echo(
+            f"error: the GPU is out of memory: {' '.join(str(error).split())[:300]}; raise gradient_accumulation or "
+            "lower max_length, block_size or batch_size of that stage",
+            err=True,
+        )
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -33,3 +45,20 @@ def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
         remedy = "; run the same command to go on from the last checkpoint" if resumes else ""
         typer.echo(f"interrupted{remedy}", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite end (SIGTERM: kill, a job scheduler, docker stop) is an interruption, so what is open is closed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

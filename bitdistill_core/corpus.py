@@ -1,4 +1,8 @@
-"""The general corpus as token blocks: documents joined by the end-of-text token, cut into blocks of equal length."""
+"""The general corpus as token blocks: documents that end with the end-of-text token, cut into blocks of equal length.
+
+Where the tokenizer begins prompts with a mark (BOS: Gemma, Llama 3), so do every document and every block: such models
+compute something else behind a first token that is not theirs.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bitdistill_core.data import leading_mark
 from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.progress import progress_bar
 
@@ -25,11 +30,12 @@ def iter_texts(directory: Path) -> Iterator[list[str]]:
 def tokenize_corpus(directory: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, out: Path) -> np.ndarray:
     """Token ids of the corpus, at most `max_tokens`, as a memory-mapped uint32 file (made once, atomically).
 
-    Each document ends with the end-of-text token.
+    Each document ends with the end-of-text token, and begins with the tokenizer's leading mark if it has one.
 
     Raises:
         ValueError: an empty corpus, or a tokenizer without end-of-text token.
     """
+    begin = leading_mark(tokenizer)
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("continued pre-training needs a tokenizer with an end-of-text token; this one has none")
@@ -39,7 +45,8 @@ def tokenize_corpus(directory: Path, tokenizer: PreTrainedTokenizerBase, *, max_
         written = 0
         with temporary.open("wb") as file, progress_bar("tokenize", total=None, unit="token") as bar:
             for texts in iter_texts(directory):
-                ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in (*one, end)]
+                encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+                ids = [i for one in encoded for i in (*begin, *one, end)]
                 ids = ids[: max_tokens - written]
                 file.write(np.asarray(ids, dtype=np.uint32).tobytes())
                 written += len(ids)
@@ -57,6 +64,8 @@ def sample_sequences(
 ) -> torch.Tensor:
     """Token ids (num_sequences, length) int64 of random documents, joined by the end-of-text token and cut.
 
+    Each sequence begins with the tokenizer's leading mark if it has one.
+
     Args:
         source: a parquet file, or a directory of them; column: where its texts are.
     Raises:
@@ -64,13 +73,17 @@ def sample_sequences(
     """
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     order = np.random.default_rng(seed).permutation(sum(pq.read_metadata(file).num_rows for file in files))
+    begin = leading_mark(tokenizer)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
-    for begin in range(0, len(order), DOCUMENTS_AT_ONCE):
-        for text in _texts_at(files, column, order[begin : begin + DOCUMENTS_AT_ONCE]):
-            ids += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+    for first in range(0, len(order), DOCUMENTS_AT_ONCE):
+        for text in _texts_at(files, column, order[first : first + DOCUMENTS_AT_ONCE]):
+            ids += begin + tokenizer(text, add_special_tokens=False)["input_ids"] + end
             if len(ids) >= num_sequences * length:
-                return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
+                sequences = torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
+                if begin:
+                    sequences[:, 0] = begin[0]
+                return sequences
     raise ValueError(
         f"calibration needs num_sequences * length = {num_sequences * length} tokens; path={source} has {len(ids)}; "
         "lower surgery.calibration_sequences"
@@ -91,10 +104,21 @@ def _texts_at(files: Sequence[Path], column: str, rows: np.ndarray) -> list[str]
 
 
 class BlockBatches:
-    """step -> micro-batches of blocks, shuffled anew each epoch. A pure function of (tokens, seed, step)."""
+    """step -> micro-batches of blocks, shuffled anew each epoch. A pure function of (tokens, seed, step).
+
+    Args:
+        begin: what takes the place of the first token of each block; empty: nothing.
+    """
 
     def __init__(
-        self, tokens: np.ndarray, *, block_size: int, batch_size: int, gradient_accumulation: int, seed: int
+        self,
+        tokens: np.ndarray,
+        *,
+        block_size: int,
+        batch_size: int,
+        gradient_accumulation: int,
+        seed: int,
+        begin: Sequence[int] = (),
     ) -> None:
         if len(tokens) < block_size:
             raise ValueError(
@@ -103,7 +127,7 @@ class BlockBatches:
         self.tokens, self.block_size = tokens, block_size
         self.num_blocks = len(tokens) // block_size
         self.batch_size, self.micro_size = batch_size, batch_size // gradient_accumulation
-        self.seed = seed
+        self.seed, self.begin = seed, begin
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -123,4 +147,6 @@ class BlockBatches:
             # blocks of a later epoch start elsewhere, so sentences are not always cut alike
             self._shift = int(rng.integers(len(self.tokens) - self.num_blocks * self.block_size + 1))
         start = self._shift + int(self._order[index]) * self.block_size
-        return self.tokens[start : start + self.block_size].astype(np.int64)
+        block = self.tokens[start : start + self.block_size].astype(np.int64)
+        block[: len(self.begin)] = self.begin
+        return block

@@ -31,9 +31,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def num_leading(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Marks that `encode_prompt` puts before a text: 1 (a BOS) or 0."""
-    return int(encode_prompt(tokenizer, "x")[:1] == [tokenizer.bos_token_id])
+def leading_mark(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What `encode_prompt` puts before a text: a BOS or nothing."""
+    first = encode_prompt(tokenizer, "x")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ends: bool) -> list[int]:
@@ -73,7 +74,7 @@ def load_examples(
         raise ValueError(f"no examples in path={path}; check data.examples and data.train_split")
     prompts, answers = table["prompt"].to_pylist(), table["answer"].to_pylist()
     unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
-    leading = num_leading(tokenizer)
+    leading = len(leading_mark(tokenizer))
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         prompt_ids, whole = encode_prompt(tokenizer, prompt), unique_answers[answer]

@@ -4,8 +4,10 @@ One adapter serves both. Prompts and answers are encoded as in training, not by 
 and packed model see the same tokens. lm_eval and datasets are imported inside the functions that need them.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import losses
-from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, num_leading
+from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, leading_mark
 from bitdistill_core.engine.tokenizer import keep_end
 from bitdistill_core.progress import progress_bar
 
@@ -38,7 +41,9 @@ class Scorer(Protocol):
         """Yields (index of the request, log-probability of its answer) in any order."""
         ...
 
-    def generate(self, prompt: str, max_new_tokens: int) -> str: ...
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Yields (index of the prompt, its greedy continuation up to the end-of-text token) in any order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ class TorchScorer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, device: torch.device
     ) -> None:
+        """Takes the model over: a student's weights are quantised once."""
         nn.Module.to(model, device)
+        for module in model.modules():
+            if isinstance(module, BitLinear):
+                module.freeze()
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_size, self.device = batch_size, device
         self.window = int(model.config.max_position_embeddings)
@@ -73,7 +82,9 @@ class TorchScorer:
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
         """Log-probabilities of answers. Answers that share all but their last token share one forward pass."""
         rows: dict[tuple[int, ...], list[int]] = {}
-        for index, (prompt, answer) in enumerate(_cut(requests, self.window, lambda: num_leading(self.tokenizer))):
+        for index, (prompt, answer) in enumerate(
+            _cut(requests, self.window, lambda: len(leading_mark(self.tokenizer)))
+        ):
             rows.setdefault((*prompt, *answer[:-1]), []).append(index)
         ordered = sorted(rows.items(), key=lambda row: len(row[0]))
         for start in range(0, len(ordered), self.batch_size):
@@ -90,19 +101,28 @@ class TorchScorer:
                     yield index, float(log_probs[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
     @torch.inference_mode()
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation, up to the end-of-text token."""
-        ids = keep_end(self.encode_prompt(prompt), self.window - max_new_tokens + 1, num_leading(self.tokenizer))
-        inputs = torch.tensor([ids], device=self.device)
-        out = self.model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_ids(self.model, self.tokenizer) or None,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )
-        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Greedy continuations, in batches of prompts of similar length that are padded on the left."""
+        room, leading = self.window - max_new_tokens + 1, len(leading_mark(self.tokenizer))
+        encoded = [keep_end(self.encode_prompt(prompt), room, leading) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)  # the slowest first
+        ends = end_ids(self.model, self.tokenizer)
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            width = len(encoded[indices[0]])
+            rows = [[0] * (width - len(encoded[index])) + encoded[index] for index in indices]
+            is_token = [[0] * (width - len(encoded[index])) + [1] * len(encoded[index]) for index in indices]
+            out = self.model.generate(
+                torch.tensor(rows, device=self.device),
+                attention_mask=torch.tensor(is_token, device=self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+            )
+            for index, row in zip(indices, out[:, width:].tolist(), strict=True):
+                length = next((place for place, token in enumerate(row) if token in ends), len(row))
+                yield index, str(self.tokenizer.decode(row[:length], skip_special_tokens=True))
 
 
 class PackedScorer:
@@ -111,7 +131,7 @@ class PackedScorer:
     def __init__(self, path: Path) -> None:
         from bitdistill_core.engine.model import Engine
 
-        self.engine = Engine.load(path)
+        self.engine = Engine.load(path, num_threads=torch.get_num_threads())
         self.window = self.engine.config.max_position_embeddings
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -135,9 +155,10 @@ class PackedScorer:
             for index, (log_probability, _) in zip(indices, scores, strict=True):
                 yield index, log_probability
 
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation, up to the end-of-text token."""
-        return "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens, truncate=True))
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Greedy continuations, one prompt after the other."""
+        for index, prompt in enumerate(prompts):
+            yield index, "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens, truncate=True))
 
 
 def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -> Sequence[Request]:
@@ -154,13 +175,21 @@ def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -
 
 
 def evaluate_split(
-    scorer: Scorer, *, task: str, is_generation: bool, examples: Path, split: str, max_new_tokens: int
+    scorer: Scorer,
+    *,
+    task: str,
+    is_generation: bool,
+    examples: Path,
+    split: str,
+    max_new_tokens: int,
+    work_dir: Path | None = None,
 ) -> Evaluation:
     """Runs one split through lm-eval's evaluator.
 
     Args:
         task: a file in lm_eval_tasks/, or `custom` for the template in the parameters.
         examples: parquet written by the `data` stage.
+        work_dir: where generated texts are kept for an evaluation that is interrupted.
     """
     import datasets
     from lm_eval.evaluator import simple_evaluate
@@ -176,7 +205,7 @@ def evaluate_split(
     manager = TaskManager(include_path=TASK_FILES, include_defaults=False)
     config = {**load_yaml(manager.task_index[name].yaml_path), "test_split": split}
     results = simple_evaluate(
-        model=_adapter(scorer, max_new_tokens, f"{task} {split}"),
+        model=_adapter(scorer, max_new_tokens, f"{task} {split}", work_dir and work_dir / f"generated-{split}.jsonl"),
         tasks=[{**config, "custom_dataset": lambda **_: dataset}],
         task_manager=manager,
         bootstrap_iters=0,
@@ -203,7 +232,7 @@ def score_examples(
     """
     rows = pq.read_table(examples).to_pylist()
     if is_generation:
-        return _score_generation(scorer, rows, max_new_tokens, name)
+        return _score_texts(rows, _generate(scorer, [row["prompt"] for row in rows], max_new_tokens, name, None))
     requests = [
         (scorer.encode_prompt(row["prompt"]), scorer.encode_answer(choice)) for row in rows for choice in row["choices"]
     ]
@@ -227,18 +256,36 @@ def score_examples(
     return Evaluation({"accuracy": accuracy}, len(rows), predictions)
 
 
-def _score_generation(scorer: Scorer, rows: Sequence[Any], max_new_tokens: int, name: str) -> Evaluation:
+def _generate(scorer: Scorer, prompts: Sequence[str], max_new_tokens: int, name: str, kept: Path | None) -> list[str]:
+    """A text for each prompt. Texts in the file `kept` are not generated again, new ones are added to it."""
+    texts: dict[int, str] = {}
+    if kept is not None and kept.is_file():
+        lines = [line for line in kept.read_text().splitlines() if line.endswith("]")]  # the last may be cut short
+        texts.update(json.loads(line) for line in lines)
+        kept.write_text("".join(line + "\n" for line in lines))
+    missing = [index for index in range(len(prompts)) if index not in texts]
+    with (
+        progress_bar(f"evaluate {name}", total=len(prompts), initial=len(texts), unit="text") as bar,
+        kept.open("a") if kept is not None else nullcontext() as file,
+    ):
+        for place, text in scorer.generate([prompts[index] for index in missing], max_new_tokens):
+            texts[missing[place]] = text
+            if file is not None:
+                file.write(json.dumps([missing[place], text]) + "\n")
+                file.flush()
+            bar.update()
+    return [texts[index] for index in range(len(prompts))]
+
+
+def _score_texts(rows: Sequence[Any], texts: Sequence[str]) -> Evaluation:
     from bitdistill_core.lm_eval_tasks import summarisation
 
     predictions: list[dict[str, Any]] = []
     pairs = []
-    with progress_bar(f"evaluate {name}", total=len(rows), unit="text") as bar:
-        for index, row in enumerate(rows):
-            text = scorer.generate(row["prompt"], max_new_tokens)
-            scores = summarisation.process_results(row, [text])
-            pairs.append(scores.pop("bleu"))
-            predictions.append({"index": index, "prediction": text.strip(), "scores": scores})
-            bar.update()
+    for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        scores = summarisation.process_results(row, [text])
+        pairs.append(scores.pop("bleu"))
+        predictions.append({"index": index, "prediction": text.strip(), "scores": scores})
     metrics = {key: float(np.mean([line["scores"][key] for line in predictions])) for key in summarisation.ROUGE}
     return Evaluation({**metrics, "bleu": summarisation.corpus_bleu(pairs)}, len(rows), predictions)
 
@@ -268,8 +315,8 @@ def _prediction(sample: dict[str, Any], is_generation: bool) -> dict[str, Any]:
     }
 
 
-def _adapter(scorer: Scorer, max_new_tokens: int, name: str) -> Any:
-    """The scorer as lm-eval's LM."""
+def _adapter(scorer: Scorer, max_new_tokens: int, name: str, kept: Path | None) -> Any:
+    """The scorer as lm-eval's LM; `kept`: see _generate."""
     from lm_eval.api.model import LM
 
     class Adapter(LM):
@@ -289,11 +336,6 @@ def _adapter(scorer: Scorer, max_new_tokens: int, name: str) -> Any:
             raise ValueError("this project's tasks score answers or generate text; none asks for rolling likelihood")
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            with progress_bar(f"evaluate {name}", total=len(requests), unit="text") as bar:
-                out = []
-                for request in requests:
-                    out.append(scorer.generate(request.args[0], max_new_tokens))
-                    bar.update()
-                return out
+            return _generate(scorer, [request.args[0] for request in requests], max_new_tokens, name, kept)
 
     return Adapter()

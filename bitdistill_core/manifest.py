@@ -2,7 +2,7 @@
 
 A stage's directory appears whole or not at all. It is written beside, under `.work/`, and renamed when the stage has
 finished; its manifest.json (configuration, digests of inputs and outputs, code version) is written last. Training
-checkpoints live in `.work/` too and survive an interruption.
+checkpoints live in `.work/` too and survive an interruption, and other parameters in between.
 """
 
 import errno
@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,15 @@ from bitdistill_core import __version__
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 METRICS_LOG = "metrics.jsonl"
+# parameters that change no result: when to save and report, and where data lie, whose content counts
+NO_PART_OF_A_RESULT = {"data_root", "report_every", "checkpoint_every"}
 
 Metrics = dict[str, float]
 Report = Callable[[dict[str, float], int], None]
+
+
+class StageBusyError(ValueError):
+    """Another process works on the same stage of the same run."""
 
 
 def discard(metrics: dict[str, float], step: int) -> None:
@@ -85,17 +91,17 @@ def execute(
     Args:
         stage: its name, part of the fingerprint.
         run: `run(config, inputs, *, out_dir, work_dir, report, **context)`, which returns its final metrics.
-        inputs: a dataclass of stage directories.
+        inputs: a dataclass of stage directories; of a field with metadata `reads` only files whose names begin so.
         directory: where the result appears; work_root: where the stage works until then.
         sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
         reads_metrics: the inputs' metrics, configuration and times count too, not only what they wrote.
         context: passed on; no part of the fingerprint (device, threads).
     """
-    digests = {name: digest_stage(Path(path))[reads_metrics] for name, path in asdict(inputs).items()}
+    outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
     identity = {
         "stage": stage,
-        "config": config.model_dump(mode="json"),
-        "inputs": digests,
+        "config": config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT),
+        "inputs": digest_inputs(type(inputs), outputs_of, reads_metrics=reads_metrics),
         "version": __version__,
         "sources": [[path.name, digest_file(path)] for path in sources],
     }
@@ -104,7 +110,7 @@ def execute(
         done = _finished(directory, fingerprint)
         if done is not None:
             return done
-        work_dir = _work_dir(work_root, fingerprint)
+        work_dir = work_root / fingerprint[:16]  # what another configuration left stays until the stage finishes
         out_dir = work_dir / "out"
         shutil.rmtree(out_dir, ignore_errors=True)
         out_dir.mkdir(parents=True)
@@ -115,10 +121,11 @@ def execute(
         recorder.copy_to(out_dir / METRICS_LOG)
         (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         outputs = {str(p.relative_to(out_dir)): digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
-        manifest = {**identity, "fingerprint": fingerprint, "outputs": outputs, **times}
+        whole = {"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "outputs": outputs}
+        manifest = {**identity, **whole, **times}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace_directory(out_dir, directory)
-        shutil.rmtree(work_dir, ignore_errors=True)
+        shutil.rmtree(work_root, ignore_errors=True)
     return Result(directory, metrics, was_up_to_date=False, seconds=times["seconds"])
 
 
@@ -127,14 +134,14 @@ def _locked(work_root: Path) -> Iterator[None]:
     """Holds the stage for this process; the system frees it when the process ends, however it ends.
 
     Raises:
-        ValueError: another process works on the same stage of the same run.
+        StageBusyError: another process holds it.
     """
     work_root.parent.mkdir(parents=True, exist_ok=True)
     with work_root.with_name(f"{work_root.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise StageBusyError(
                 f"another process is working on stage={work_root.name} of this run (path={work_root}); wait for it, or "
                 "give this run another name"
             ) from None
@@ -227,16 +234,6 @@ def _finished(directory: Path, fingerprint: str) -> Result | None:
     return Result(directory, metrics, was_up_to_date=True, seconds=float(manifest["seconds"]))
 
 
-def _work_dir(work_root: Path, fingerprint: str) -> Path:
-    """The work directory of this fingerprint; what another configuration left behind is removed."""
-    marker = work_root / "fingerprint"
-    if work_root.is_dir() and (not marker.is_file() or marker.read_text() != fingerprint):
-        shutil.rmtree(work_root)
-    work_root.mkdir(parents=True, exist_ok=True)
-    marker.write_text(fingerprint)
-    return work_root
-
-
 def _replace_directory(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -246,11 +243,31 @@ def _replace_directory(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def digest_stage(directory: Path) -> tuple[str, str]:
-    """Digests of a finished stage: of what it wrote without its metrics, which hold times; of all it says of itself."""
-    outputs = read_manifest(directory)["outputs"]
-    content = {name: digest for name, digest in outputs.items() if name not in (METRICS, METRICS_LOG)}
-    return _digest_bytes(json.dumps(content, sort_keys=True).encode()), digest_file(directory / MANIFEST)
+def read_outputs(directory: Path) -> dict[str, str]:
+    """Digests of the files of a finished stage, all of them checked, and of its manifest."""
+    return {**read_manifest(directory)["outputs"], MANIFEST: digest_file(directory / MANIFEST)}
+
+
+def digest_inputs(
+    inputs: type, outputs_of: Mapping[str, Mapping[str, str]], *, reads_metrics: bool = False
+) -> dict[str, str]:
+    """Digest of what a stage reads of each of its inputs: of what was written there, without metrics, which hold times.
+
+    Args:
+        inputs: the stage's dataclass; outputs_of: `read_outputs` by its fields.
+        reads_metrics: digests of all that the inputs say of themselves.
+    """
+    digests: dict[str, str] = {}
+    for read in fields(inputs):
+        outputs = outputs_of[read.name]
+        content = {
+            name: digest
+            for name, digest in outputs.items()
+            if name not in (MANIFEST, METRICS, METRICS_LOG) and name.startswith(read.metadata.get("reads", ""))
+        }
+        whole = outputs[MANIFEST]
+        digests[read.name] = whole if reads_metrics else _digest_bytes(json.dumps(content, sort_keys=True).encode())
+    return digests
 
 
 def _digest_bytes(content: bytes) -> str:

@@ -73,6 +73,8 @@ class Template(BaseModel):
         value = self._value(row, self.answer_column)
         if isinstance(value, str):
             value = value.strip()
+        if isinstance(value, float) and value.is_integer():  # a column of integers that once lacked a value
+            value = int(value)
         known = [self.label_values] if self.label_values else [range(len(self.label_words)), self.label_words]
         for values in known:
             for index, one in enumerate(values):

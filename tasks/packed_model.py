@@ -34,7 +34,8 @@ class PackedModel:
         """Columns `label` and `probability`, or `text` for a generation task, one row for each of `data`.
 
         Args:
-            data: the columns that the task's prompt names; where it names one, `text` does too.
+            data: the columns that the task's prompt names; where it names one, `text` does too. A prompt that does not
+                fit the window loses its beginning.
             params: max_new_tokens, for a generation task.
         """
         import pandas as pd
@@ -42,9 +43,9 @@ class PackedModel:
         prompts = [self.template.render_prompt(self._row(row)) for row in data.to_dict("records")]
         if self.template.kind == "generation":
             new_tokens = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
-            texts = ["".join(self.engine.generate(prompt, new_tokens)).strip() for prompt in prompts]
+            texts = ["".join(self.engine.generate(prompt, new_tokens, truncate=True)).strip() for prompt in prompts]
             return pd.DataFrame({"text": texts}, index=data.index)
-        scores = self.engine.score(prompts, [" " + word for word in self.label_words])
+        scores = self.engine.score(prompts, [" " + word for word in self.label_words], truncate=True)
         probabilities = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
         labels = [self.label_words[best] for best in scores.argmax(axis=1)]
         return pd.DataFrame({"label": labels, "probability": probabilities.max(axis=1)}, index=data.index)

@@ -14,6 +14,12 @@ def headline_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def packed_score(results: Mapping[str, Any]) -> float:
+    """What the packed student scores on the headline split: accuracy, or the ROUGE-Lsum of generated texts."""
+    metrics = results["splits"][results["headline_split"]]["bitdistill_packed"]["metrics"]
+    return float(metrics["accuracy"] if "accuracy" in metrics else metrics["rougeLsum"])
+
+
 def results_table(results: Mapping[str, Any]) -> str:
     """The rows as a Markdown table, without the columns in which no row has a value."""
     rows = results["rows"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill_core.config import Params
-from bitdistill_core.manifest import MANIFEST, digest_stage
+from bitdistill_core.manifest import MANIFEST, NO_PART_OF_A_RESULT, digest_inputs, read_outputs
 from bitdistill_core.pipeline import NODES, Node
 
 
@@ -44,15 +44,20 @@ def current_manifests(run_dir: Path, params: Params) -> dict[str, dict[str, Any]
     Raises:
         ValueError: a file of such a stage is missing or changed.
     """
-    digests: dict[str, tuple[str, str]] = {}
+    outputs: dict[str, dict[str, str]] = {}
     current: dict[str, dict[str, Any]] = {}
     for node in NODES:
         directory = node.directory(run_dir)
         if not is_finished(node, run_dir) or not set(node.inputs.values()) <= set(current):
             continue
         manifest = read_manifest(directory)
-        inputs = {field: digests[source][node.reads_metrics] for field, source in node.inputs.items()}
-        if manifest["inputs"] == inputs and manifest["config"] == section_of(node, params):
+        outputs_of = {field: outputs[source] for field, source in node.inputs.items()}
+        inputs = digest_inputs(node.stage.Inputs, outputs_of, reads_metrics=node.reads_metrics)
+        if manifest["inputs"] == inputs and _decisive(manifest["config"]) == _decisive(section_of(node, params)):
             current[node.name] = manifest
-            digests[node.name] = digest_stage(directory)
+            outputs[node.name] = read_outputs(directory)
     return current
+
+
+def _decisive(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in NO_PART_OF_A_RESULT}

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from bitdistill_core import __version__
 from bitdistill_core.config import Params
-from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result
+from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result, StageBusyError
 from bitdistill_core.pipeline import NODES, Node, find_node, run_node
 from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
 from tasks.parameters import without_private
-from tasks.results import headline_metrics
+from tasks.results import headline_metrics, packed_score
 from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_manifest, section_of
 from tasks.versioning import git_commit
 
@@ -67,6 +67,8 @@ def track_conversion(
         conversion.open(time.time(), flow_run_id)
     try:
         yield conversion
+    except StageBusyError:
+        raise  # the other process writes the run
     except BaseException as error:
         conversion.close("FAILED" if isinstance(error, Exception) else "KILLED", time.time())
         raise
@@ -147,15 +149,17 @@ class Conversion:
     def stage(self, node: Node) -> Iterator[Report]:
         """The report function of a stage that is about to run; afterwards its files are in MLflow."""
 
-        def report(metrics: dict[str, float], step: int) -> None:
-            self._report(node, metrics, step)
+        started = time.time()
 
-        if not is_finished(node, self.run_dir):  # else it is probably up to date
-            self._start_stage(node)
+        def report(metrics: dict[str, float], step: int) -> None:
+            self._report(node, metrics, step, started)
+
         try:
             yield report
+        except StageBusyError:
+            raise
         except BaseException as error:
-            self._abort_stage(node, "FAILED" if isinstance(error, Exception) else "KILLED")
+            self._abort_stage(node, "FAILED" if isinstance(error, Exception) else "KILLED", started)
             raise
         self.send_stage(node)
 
@@ -211,24 +215,24 @@ class Conversion:
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
 
     @_guarded
-    def _start_stage(self, node: Node) -> None:
-        run = self._find_stage(node, None) or self._new_stage(node, time.time())
+    def _start_stage(self, node: Node, started: float) -> None:
+        run = self._find_stage(node, None) or self._new_stage(node, started)
         run.start_system_metrics(self._client.tracking_uri)
         self._stages[node.name] = run
 
     @_guarded
-    def _report(self, node: Node, metrics: dict[str, float], step: int) -> None:
+    def _report(self, node: Node, metrics: dict[str, float], step: int, started: float) -> None:
         if node.name not in self._stages:
-            self._start_stage(node)
+            self._start_stage(node, started)
         run = self._stages[node.name]
         run.add(metrics, step, time.time())
         if time.monotonic() - run.flushed > FLUSH_SECONDS:
             run.flush()
 
     @_guarded
-    def _abort_stage(self, node: Node, status: str) -> None:
+    def _abort_stage(self, node: Node, status: str, started: float) -> None:
         if node.name not in self._stages:
-            self._start_stage(node)
+            self._start_stage(node, started)
         self._stages[node.name].end(status, time.time(), fingerprint=None)
 
     def _find_stage(self, node: Node, fingerprint: str | None) -> BufferedRun | None:
@@ -287,14 +291,15 @@ class Conversion:
         if self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
             return
         metrics = BufferedRun(self._client, run_id, None, set())
-        metrics.add(headline_metrics(json.loads((directory / "results.json").read_text())), 0, end_time(manifest))
+        results = json.loads((directory / "results.json").read_text())
+        metrics.add(headline_metrics(results), 0, end_time(manifest))
         metrics.flush()
         self._client.log_artifacts(run_id, str(directory), "report")
-        self._register_packed()
+        self._register_packed(packed_score(results))
         self._client.set_tag(run_id, "bitdistill.report", manifest["fingerprint"])
 
-    def _register_packed(self) -> None:
-        """The packed student as a registered pyfunc with alias champion, unless this very file is registered."""
+    def _register_packed(self, score: float) -> None:
+        """The packed student as a registered pyfunc, unless this very file is; alias champion if none scored higher."""
         import mlflow
 
         directory = find_node(PACKED).directory(self.run_dir)
@@ -309,7 +314,13 @@ class Conversion:
                 pip_requirements=[f"bitdistill=={__version__}"],
             )
         name = f"bitdistill-{self.profile}"
-        version = mlflow.register_model(info.model_uri, name, tags={"bitdistill.run": self.run_dir.name})
-        self._client.set_registered_model_alias(name, "champion", version.version)
+        tags = {"bitdistill.run": self.run_dir.name, "bitdistill.score": repr(score)}
+        version = mlflow.register_model(info.model_uri, name, tags=tags)
+        champion = self._client.get_registered_model(name).aliases.get("champion")
+        best = -1.0
+        if champion is not None:
+            best = float(self._client.get_model_version(name, champion).tags.get("bitdistill.score", best))
+        if score >= best:
+            self._client.set_registered_model_alias(name, "champion", version.version)
         self._client.set_tag(run_id, "bitdistill.packed", manifest["fingerprint"])
         self._is_changed = True  # start_run ended the run with the time of now

@@ -151,3 +151,35 @@ def test_generate_puts_the_text_into_the_prompt_of_the_task(tmp_path: Path) -> N
     code, _, error = run("classify", str(model), "a film")
     assert code == 1
     assert "this needs a model for classification; got model=" in error
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (
+            "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
+            1,
+            "error: the GPU is out of memory: ",
+        ),
+        ("MemoryError()", 1, "error: out of memory: a smaller batch"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 130, "interrupted; run the same command to go on from the last"),
+    ],
+    ids=["gpu", "memory", "sigterm"],
+)
+def test_the_end_of_the_machine_s_patience_is_one_line(raised: str, status: int, message: str) -> None:
+    code = f"""
+import os, signal, time, torch
+from bitdistill_core.cli_errors import one_line_errors
+try:
+    with one_line_errors():
+        stop = {raised}
+        if stop is not None:
+            raise stop
+        time.sleep(30)
+except BaseException as end:
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    raise SystemExit(end.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+    assert done.stderr.startswith(message)

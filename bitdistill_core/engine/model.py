@@ -66,10 +66,10 @@ class Engine:
             ids = ids[:-1]  # some tokenizers also append the end
         return ids if room is None else keep_end(ids, room, self.tokenizer.num_leading)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """(T, V) logits after each token of `ids`."""
+    def logits(self, ids: Sequence[int], *, last: bool = False) -> NDArray[np.float32]:
+        """(T, V) logits after each token of `ids`; with `last` (1, V), after the last one."""
         tokens = self._checked(ids, "ids")
-        hidden = self._decoder.forward([tokens], range(len(tokens)))
+        hidden = self._decoder.forward([tokens], range(len(tokens) - 1 if last else 0, len(tokens)))
         return np.concatenate(
             [self._decoder.logits(hidden[row : row + LOGIT_ROWS]) for row in range(0, len(hidden), LOGIT_ROWS)]
         )

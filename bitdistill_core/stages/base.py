@@ -3,7 +3,7 @@
 Loads `base.checkpoint`, or trains a small model with its own BPE tokenizer on the corpus when that is null.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ END = "<|endoftext|>"
 class Inputs:
     """Stage directories."""
 
-    data: Path
+    data: Path = field(metadata={"reads": ("corpus/",)})
 
 
 def sources(config: BaseConfig) -> list[Path]:

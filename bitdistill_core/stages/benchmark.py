@@ -19,7 +19,7 @@ from bitdistill_core.data import encode_prompt
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.progress import progress_bar
-from bitdistill_core.stages.data import examples_path, read_task
+from bitdistill_core.stages.data import examples_path, read_eval_splits
 from bitdistill_core.stages.pack import PACKED
 
 
@@ -93,7 +93,7 @@ def _prompt(inputs: Inputs, num_tokens: int, new_tokens: int) -> list[int]:
             "benchmark.prompt_tokens and new_tokens must fit the model's window; got "
             f"prompt_tokens={num_tokens}, new_tokens={new_tokens}, window={config['max_position_embeddings']}"
         )
-    split = read_task(inputs.data).eval_splits[0]
+    split = read_eval_splits(inputs.data)[0]
     prompts = pq.read_table(examples_path(inputs.data, split), columns=["prompt"])["prompt"].to_pylist()
     ids: list[int] = []
     while len(ids) < num_tokens:

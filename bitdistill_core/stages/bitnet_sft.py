@@ -3,7 +3,7 @@
 No continued pre-training, no distillation. The student's embeddings end on the INT8 grid, as BitDistill's do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ class Inputs:
     """Stage directories."""
 
     model: Path
-    data: Path
+    data: Path = field(metadata={"reads": ("examples/train.parquet", "task.json")})
 
 
 def run(

@@ -1,6 +1,7 @@
 """Stage `data`: the task's examples as prompts and answers, the general corpus, and a bag-of-words floor.
 
-Writes examples/SPLIT.parquet (prompt, answer, choices, label, reference), corpus/*.parquet (text), task.json.
+Writes examples/SPLIT.parquet (prompt, answer, choices, label, reference), corpus/*.parquet (text), task.json and
+eval_splits.json, a file of its own so that another split to evaluate on leaves what was trained up to date.
 """
 
 import json
@@ -35,7 +36,6 @@ class Task:
 
     name: str
     kind: str  # classification | generation
-    eval_splits: list[str]
     prompt: str
     label_words: list[str]
 
@@ -43,6 +43,12 @@ class Task:
 def read_task(directory: Path) -> Task:
     """The task that a finished `data` stage describes."""
     return Task(**json.loads((directory / "task.json").read_text()))
+
+
+def read_eval_splits(directory: Path) -> list[str]:
+    """The splits to evaluate on; the first one gives the headline."""
+    splits: list[str] = json.loads((directory / "eval_splits.json").read_text())
+    return splits
 
 
 def examples_path(directory: Path, split: str) -> Path:
@@ -92,8 +98,9 @@ def run(
     if template.kind == "classification":
         _require_every_label(tables[config.train_split], template.label_words, config.train_split)
         metrics.update(_floors(tables[config.train_split], tables[config.eval_splits[0]]))
-    task = Task(config.task, template.kind, config.eval_splits, template.prompt, template.label_words)
+    task = Task(config.task, template.kind, template.prompt, template.label_words)
     (out_dir / "task.json").write_text(json.dumps(asdict(task), indent=1) + "\n")
+    (out_dir / "eval_splits.json").write_text(json.dumps(config.eval_splits) + "\n")
     report(metrics, 0)
     return metrics
 

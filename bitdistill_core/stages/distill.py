@@ -7,7 +7,7 @@ of the result are rounded to the INT8 grid of the packed file.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ class Inputs:
 
     student: Path
     teacher: Path
-    data: Path
+    data: Path = field(metadata={"reads": ("examples/train.parquet", "task.json")})
 
 
 def run(

@@ -14,7 +14,7 @@ from bitdistill_core import checkpoint
 from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import PackedScorer, Scorer, TorchScorer, evaluate_split, wilson_interval
 from bitdistill_core.manifest import Metrics, Report
-from bitdistill_core.stages.data import examples_path, read_task
+from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 from bitdistill_core.stages.pack import PACKED
 
 
@@ -30,7 +30,7 @@ def run(
     config: EvaluateConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
 ) -> Metrics:
     """Scores every evaluation split. The final metrics are `evaluate/SPLIT/METRIC`."""
-    task = read_task(inputs.data)
+    task, eval_splits = read_task(inputs.data), read_eval_splits(inputs.data)
     scorer: Scorer
     if (inputs.model / PACKED).is_file():
         scorer = PackedScorer(inputs.model / PACKED)
@@ -39,7 +39,7 @@ def run(
         scorer = TorchScorer(model, tokenizer, batch_size=config.batch_size, device=device)
     metrics: Metrics = {}
     splits = {}
-    for split in task.eval_splits:
+    for split in eval_splits:
         result = evaluate_split(
             scorer,
             task=task.name,
@@ -47,6 +47,7 @@ def run(
             examples=examples_path(inputs.data, split),
             split=split,
             max_new_tokens=config.max_new_tokens,
+            work_dir=work_dir,
         )
         low, high = (
             wilson_interval(result.metrics["accuracy"], result.num_examples)
@@ -62,7 +63,7 @@ def run(
         metrics.update({f"evaluate/{split}/{name}": value for name, value in result.metrics.items()})
         lines = (json.dumps(prediction) + "\n" for prediction in result.predictions)
         (out_dir / f"predictions-{split}.jsonl").write_text("".join(lines))
-    content = {"task": task.name, "split_order": task.eval_splits, "splits": splits}
+    content = {"task": task.name, "split_order": eval_splits, "splits": splits}
     (out_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     report(metrics, 0)
     return metrics

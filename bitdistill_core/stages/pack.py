@@ -25,7 +25,7 @@ from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.weight import quantize_weight
-from bitdistill_core.stages.data import examples_path, read_task
+from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 
 PACKED = "model.bitdistill"
 # Activations within float error of a tie between two INT8 values are rounded apart by engine and PyTorch, as by PyTorch
@@ -62,8 +62,8 @@ def run(
         encoding=config.encoding,
         eos_token_ids=end_ids(student, tokenizer),
     )
-    engine = Engine.load(out_dir / PACKED)
-    table = pq.read_table(examples_path(inputs.data, task.eval_splits[0]), columns=["prompt"])
+    engine = Engine.load(out_dir / PACKED, num_threads=torch.get_num_threads())
+    table = pq.read_table(examples_path(inputs.data, read_eval_splits(inputs.data)[0]), columns=["prompt"])
     prompts = table["prompt"].to_pylist()[: config.verify_examples]
     window = int(student.config.max_position_embeddings)
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -75,7 +75,7 @@ def run(
             )
     tokens = [ids[-window:] for ids in tokens]
     expected = _last_logits(student, tokens)
-    got = [engine.logits(ids)[-1] for ids in tokens]
+    got = [engine.logits(ids, last=True)[0] for ids in tokens]
     typical, worst = _drift(got, expected)
     limits = MAX_DRIFT, MAX_DRIFT_OF_A_PROMPT
     if not (typical <= limits[0] and worst <= limits[1]):

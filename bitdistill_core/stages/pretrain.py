@@ -5,7 +5,7 @@ instead: its distribution of the next token, and the outputs of its blocks.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ class Inputs:
 
     student: Path
     base: Path
-    data: Path
+    data: Path = field(metadata={"reads": ("corpus/",)})
 
 
 def run(

@@ -4,7 +4,7 @@ Writes the student, surgery.json and, with an initializer, calibration.json.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ class Inputs:
     """Stage directories."""
 
     model: Path
-    data: Path
+    data: Path = field(metadata={"reads": ("corpus/", "examples/train.parquet")})
 
 
 def run(

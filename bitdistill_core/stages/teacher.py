@@ -1,6 +1,6 @@
 """Stage `teacher`: full-precision fine-tuning of the base model on the task (the paper's FP16-SFT)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ class Inputs:
     """Stage directories."""
 
     model: Path
-    data: Path
+    data: Path = field(metadata={"reads": ("examples/train.parquet", "task.json")})
 
 
 def run(

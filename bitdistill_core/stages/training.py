@@ -19,7 +19,7 @@ from bitdistill_core.blockwise import read_block_metrics, train_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
-from bitdistill_core.data import ExampleBatches, load_examples
+from bitdistill_core.data import ExampleBatches, leading_mark, load_examples
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.latent import latent_weight
@@ -118,6 +118,7 @@ def corpus_batches(
     """step -> micro-batches of packed blocks of the corpus, from its first `num_tokens` tokens, kept in `out`."""
     return BlockBatches(
         tokenize_corpus(data / "corpus", tokenizer, max_tokens=num_tokens, out=out),
+        begin=leading_mark(tokenizer),
         block_size=config.block_size,
         seed=config.seed,
         **_batching(config, batch_size),

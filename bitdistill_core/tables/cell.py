@@ -24,16 +24,15 @@ from pydantic import BaseModel
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
-from bitdistill_core.manifest import METRICS_LOG, Report, digest_file, discard, execute
+from bitdistill_core.manifest import METRICS_LOG, NO_PART_OF_A_RESULT, Report, digest_file, discard, execute
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
-from bitdistill_core.stages.data import examples_path, read_task
+from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 from bitdistill_core.tables.plan import Cell, Plan
 
 CURVES = ("pretrain/loss", "distill/loss", "distill/task_loss", "teacher/loss")
 CURVE_POINTS = 100
-NO_PART_OF_A_RECIPE = {"data_root", "report_every", "checkpoint_every"}
 OFF: tuple[Any, ...] = (0, None, "none", "absmean", [])
 
 
@@ -51,7 +50,7 @@ class Step:
         """Digest of what the stage does, 16 hexadecimal digits."""
         identity = [
             self.name,
-            _switched_on(self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RECIPE)),
+            _switched_on(self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT)),
             {key: step.recipe for key, step in self.inputs.items()},
             __version__,
         ]
@@ -205,7 +204,7 @@ def discard_checkpoints(plan: Plan, store: Path, finished: list[Cell], pending: 
 
 def _evaluate(model_dir: Path, data_dir: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     task = read_task(data_dir)
-    split = task.eval_splits[0]
+    split = read_eval_splits(data_dir)[0]
     model, tokenizer = checkpoint.load_model(model_dir)
     scorer = TorchScorer(model, tokenizer, batch_size=config.batch_size, device=device)
     found = score_examples(

@@ -140,10 +140,9 @@ def workshop(tmp_path: Path) -> Workshop:
     }
     for split in ("train", "test"):
         pq.write_table(pa.table(rows), tmp_path / "data" / "examples" / f"{split}.parquet")
-    task = Task(
-        "review_sentiment", "classification", ["test"], "Review: {sentence}\nSentiment:", ["negative", "positive"]
-    )
+    task = Task("review_sentiment", "classification", "Review: {sentence}\nSentiment:", ["negative", "positive"])
     (tmp_path / "data" / "task.json").write_text(json.dumps(asdict(task)))
+    (tmp_path / "data" / "eval_splits.json").write_text('["test"]')
     return Workshop(tmp_path, train_tokenizer(tmp_path / "data" / "corpus", vocab_size=300))
 
 

@@ -110,6 +110,27 @@ def test_a_hugging_face_directory_loads(tokenizer: PreTrainedTokenizerFast, tmp_
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.parametrize("has_own_head", [False, True])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, has_own_head: bool
+) -> None:
+    model = build("qwen3", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "hub")
+    tokenizer.save_pretrained(tmp_path / "hub")
+    assert model.config.tie_word_embeddings
+    if has_own_head:
+        weights = load_file(tmp_path / "hub" / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+        save_file(weights, tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    loaded, _ = checkpoint.load_pretrained(str(tmp_path / "hub"))
+    checkpoint.save_model(loaded, tokenizer, tmp_path / "base")
+    again, _ = checkpoint.load_model(tmp_path / "base")
+    with torch.no_grad():
+        expected = model(IDS).logits.flip(-1) if has_own_head else model(IDS).logits
+        assert torch.equal(loaded(IDS).logits, again(IDS).logits)
+        torch.testing.assert_close(again(IDS).logits, expected)
+
+
 def test_a_base_that_lacks_weights_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = build("llama", tie_word_embeddings=False)
     model.save_pretrained(tmp_path)

@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
-from bitdistill_core.data import Example, ExampleBatches, collate, load_examples
+from bitdistill_core.data import Example, ExampleBatches, collate, encode_prompt, load_examples
 from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
@@ -44,7 +45,7 @@ def test_builtin_templates_render(task: str) -> None:
     assert template.render_answer(row).startswith(" ")
 
 
-@pytest.mark.parametrize("label", [-1, 2, "2", "1.0", 1.0, True])
+@pytest.mark.parametrize("label", [-1, 2, "2", "1.0", 0.5, 2.0, True])
 def test_a_label_outside_the_template_is_an_error(label: object) -> None:
     with pytest.raises(ValueError, match="a label must be one of 0, 1, 'negative', 'positive'; got label="):
         TEMPLATES["sst2"].render_answer({"sentence": "x", "label": label})
@@ -79,6 +80,8 @@ def test_a_missing_value_is_no_text(missing: object) -> None:
         (["spam", "ham"], ["spam", "ham "]),
         ([False, True], [False, True]),
         ([-1, 1], [-1, 1]),
+        ([], [0.0, 1.0]),  # integers of a column that lacks one, read by pandas
+        ([-1, 1], [-1.0, 1.0]),
     ],
 )
 def test_labels_may_be_numbers_the_words_or_the_data_s_own(values: list[object], labels: list[object]) -> None:
@@ -187,6 +190,31 @@ def test_blocks_cover_the_corpus(tmp_path: Path, corpus: Path) -> None:
 def test_tokenising_stops_at_max_tokens(tmp_path: Path, corpus: Path) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     assert len(tokenize_corpus(corpus, tokenizer, max_tokens=17, out=tmp_path / "t.bin")) == 17
+
+
+@pytest.mark.parametrize("has_mark", [False, True])
+def test_documents_blocks_and_calibration_begin_as_prompts_do(tmp_path: Path, corpus: Path, has_mark: bool) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    begin = []
+    if has_mark:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        begin = [tokenizer.bos_token_id]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", *begin)]
+        )
+    assert encode_prompt(tokenizer, "the cat")[: len(begin)] == begin
+    tokens = tokenize_corpus(corpus, tokenizer, max_tokens=10**6, out=tmp_path / "tokens.bin")
+    documents = ["the cat sat on the mat", "a dog ran", "the end of the story"] * 20
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
+    assert tokens.tolist() == [i for ids in encoded for i in (*begin, *ids, tokenizer.eos_token_id)]
+    options = {"block_size": 7, "batch_size": 4, "gradient_accumulation": 1, "seed": 0}
+    plain = BlockBatches(tokens, **options)(0)[0].input_ids
+    marked = BlockBatches(tokens, **options, begin=begin)(0)[0].input_ids
+    assert marked[:, len(begin) :].equal(plain[:, len(begin) :])
+    assert marked[:, : len(begin)].tolist() == [begin] * 4
+    sequences = sample_sequences(corpus, "text", tokenizer, num_sequences=3, length=9, seed=0)
+    assert sequences[:, : len(begin)].tolist() == [begin] * 3
+    assert tokenizer.eos_token_id in sequences
 
 
 def test_parquet_sources(tmp_path: Path) -> None:

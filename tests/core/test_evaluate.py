@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitdistill_core.checkpoint import load_model
+from bitdistill_core.data import end_ids
 from bitdistill_core.evaluate import (
     PackedScorer,
     Request,
@@ -21,6 +22,7 @@ from bitdistill_core.evaluate import (
 )
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.stages.pack import PACKED
+from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 from tests.core.test_data import corpus  # noqa: F401  (a fixture)
 
@@ -56,8 +58,8 @@ class Oracle:
         for index, (prompt, answer) in enumerate(requests):
             yield index, 0.0 if (self.seen[tuple(prompt)], self.seen[tuple(answer)]) in self.good else -1.0
 
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        return self.text
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        yield from enumerate([self.text] * len(prompts))
 
 
 def write_rows(path: Path, labels: list[int]) -> Path:
@@ -149,8 +151,11 @@ def test_a_tie_is_the_first_answer_either_way(tmp_path: Path) -> None:
 class Echo(Oracle):
     """Writes a different text for each prompt."""
 
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        return {"p0": " the cat sat.", "p1": "it slept.\n", "p2": "", "p3": "a Cat; it sleeps <b>now</b>"}[prompt]
+    TEXTS: ClassVar = {"p0": " the cat sat.", "p1": "it slept.\n", "p2": "", "p3": "a Cat; it sleeps <b>now</b>"}
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        for index, prompt in reversed(list(enumerate(prompts))):
+            yield index, self.TEXTS[prompt]
 
 
 def test_summaries_without_lm_eval_are_those_of_lm_eval(tmp_path: Path) -> None:
@@ -172,7 +177,69 @@ def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa:
     for _ in range(3):
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert scorer.generate("the cat", 3) == tokenizer.decode(ids[-3:], skip_special_tokens=True)
+    assert list(scorer.generate(["the cat"], 3)) == [(0, tokenizer.decode(ids[-3:], skip_special_tokens=True))]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("is_student", [False, True])
+def test_texts_of_a_batch_are_those_of_single_prompts(corpus: Path, model_type: str, is_student: bool) -> None:  # noqa: F811
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    model = build(model_type, vocab_size=len(tokenizer), eos_token_id=tokenizer.encode(" the"))
+    if is_student:
+        operate(model, subln="output", sub_norm_eps=1e-6)
+    prompts = ["a dog", "the cat sat on the mat and the dog ran to the end of the story", "the end", "", "mat"]
+    prompts = [prompt + " of the" for prompt in prompts]
+    expected = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids, new = tokenizer.encode(prompt), []
+            for _ in range(12):
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+                if new[-1] in end_ids(model, tokenizer):
+                    break
+            expected.append(tokenizer.decode(new[:-1] if new[-1] in end_ids(model, tokenizer) else new))
+    scorer = TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu"))
+    texts = list(scorer.generate(prompts, 12))
+    assert [index for index, _ in texts] != sorted(index for index, _ in texts)
+    assert [text for _, text in sorted(texts)] == expected
+
+
+def test_an_interrupted_evaluation_keeps_its_texts(tmp_path: Path) -> None:
+    class Interrupted(Echo):
+        def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+            asked.append(list(prompts))
+            for count, found in enumerate(super().generate(prompts, max_new_tokens)):
+                if count == stop_at:
+                    raise KeyboardInterrupt
+                yield found
+
+    asked: list[list[str]] = []
+    stop_at: int | None = 2
+    run: dict[str, Any] = {
+        "task": "cnn_dailymail",
+        "is_generation": True,
+        "examples": write_rows(tmp_path / "test.parquet", [-1] * 4),
+        "split": "test",
+        "max_new_tokens": 4,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
+    with (tmp_path / "generated-test.jsonl").open("a") as file:
+        file.write('[1, "it sl')  # cut short by the end of the process
+    stop_at = None
+    resumed = evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
+    assert asked == [["p0", "p1", "p2", "p3"], ["p0", "p1"]]
+    assert resumed == evaluate_split(Echo(set()), **run)
+
+
+def test_a_frozen_student_computes_what_it_did() -> None:
+    model, ids = build("qwen3"), torch.arange(3, 23)[None]
+    operate(model, subln="output", sub_norm_eps=1e-6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        TorchScorer(model, None, batch_size=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+        assert torch.equal(model(ids).logits, expected)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "proj" in name)
 
 
 def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finished_run: Path) -> None:
@@ -192,9 +259,9 @@ def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finishe
         room = [window - len(answer) + 1 for answer in answers]
         cut = dict(scorer.score([(short[-n:], answer) for n, answer in zip(room, answers, strict=True)]))
         assert scores == pytest.approx(cut, abs=1e-6)
-        scorer.generate(text, 3)
+        assert [index for index, _ in scorer.generate([text], 3)] == [0]
     with pytest.raises(ValueError, match="a prompt needs room beside its answer"):
-        scorers[0].generate(text, window + 2)
+        list(scorers[0].generate([text], window + 2))
 
 
 def test_wilson_interval_against_a_published_example() -> None:

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from bitdistill_core.manifest import Metrics, Report, Result, execute, read_mani
 
 class Config(BaseModel):
     value: int
+    checkpoint_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def run(stage: Stage, tmp_path: Path, value: int = 1, **options: object) -> Resu
         work_root=tmp_path / "work",
         **options,
     )
+
+
+def states(tmp_path: Path) -> list[str]:
+    """What unfinished runs left in their work directories."""
+    return [path.read_text() for path in (tmp_path / "work").glob("*/state")]
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
@@ -143,7 +149,7 @@ def test_an_interrupted_stage_finds_its_work_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(stage, tmp_path)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "work" / "state").read_text() == "x"
+    assert states(tmp_path) == ["x"]
     stage.error = None
     with_other = Stage()
     run(with_other, tmp_path)
@@ -193,14 +199,63 @@ def test_reports_and_times_of_a_stage_interrupted_twice(tmp_path: Path, monkeypa
     assert result.seconds == manifest["seconds"] == 2 + 2 + 4
 
 
-def test_work_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
+def test_work_of_another_configuration_is_neither_resumed_nor_lost(tmp_path: Path) -> None:
+    stage = Stage()
+    stage.error = KeyboardInterrupt()
+    for value in (1, 2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(stage, tmp_path, value=value)
+    assert sorted(states(tmp_path)) == ["x", "xx"]
+    stage.error = None
+    run(stage, tmp_path)
+    assert not (tmp_path / "work").exists()
+
+
+def test_how_often_it_is_saved_changes_no_result(tmp_path: Path) -> None:
+    def go(checkpoint_every: int) -> Result:
+        config = Config(value=1, checkpoint_every=checkpoint_every)
+        return execute("stage", stage, config, NoInputs(), directory=tmp_path / "out", work_root=tmp_path / "work")
+
     stage = Stage()
     stage.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        run(stage, tmp_path)
+        go(1)
     with pytest.raises(KeyboardInterrupt):
-        run(stage, tmp_path, value=2)
-    assert (tmp_path / "work" / "state").read_text() == "x"
+        go(2)
+    assert states(tmp_path) == ["xx"]
+    stage.error = None
+    assert not go(3).was_up_to_date
+    assert go(4).was_up_to_date
+    assert read_manifest(tmp_path / "out")["config"] == {"value": 1, "checkpoint_every": 3}
+
+
+def test_files_that_a_stage_does_not_read_leave_it_up_to_date(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Part:
+        source: Path = field(metadata={"reads": ("examples/train", "task")})
+
+    def source(config: Config, inputs: object, *, out_dir: Path, **options: object) -> Metrics:
+        (out_dir / "examples").mkdir()
+        for name, content in files.items():
+            (out_dir / name).write_text(content)
+        return {}
+
+    def both() -> Result:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        where = {"directory": tmp_path / "data", "work_root": tmp_path / "w1"}
+        execute("data", source, Config(value=1), NoInputs(), **where)
+        where = {"directory": tmp_path / "n", "work_root": tmp_path / "w2"}
+        return execute("next", stage, Config(value=0), Part(tmp_path / "data"), **where)
+
+    stage = Stage()
+    files = {"examples/train.parquet": "1", "examples/test.parquet": "1", "task.json": "1"}
+    both()
+    files["examples/test.parquet"] = "2"
+    assert both().was_up_to_date
+    for name in ("examples/train.parquet", "task.json"):
+        files[name] = "2"
+        assert not both().was_up_to_date
+        assert both().was_up_to_date
 
 
 def test_an_unfinished_input_is_one_clear_error(tmp_path: Path) -> None:
@@ -236,7 +291,7 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, error: Exception)
     with pytest.raises(ValueError, match=r"the disk is full; got free_mib=\d+\.\d at path=.* in stage=stage; make"):
         run(stage, tmp_path)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "work" / "state").read_text() == "x"
+    assert states(tmp_path) == ["x"]
     stage.error = None
     run(stage, tmp_path)
     assert (tmp_path / "out" / "a.txt").is_file()

@@ -92,7 +92,7 @@ def test_a_deep_student_may_drift_as_far_as_float_error_takes_it(
     assert workshop.run(pack, section("pack"), inputs, "packed").metrics["pack/logit_drift"] > 0
 
     true_logits = Engine.logits
-    monkeypatch.setattr(Engine, "logits", lambda engine, ids: 1.2 * true_logits(engine, ids))
+    monkeypatch.setattr(Engine, "logits", lambda engine, ids, **options: 1.2 * true_logits(engine, ids, **options))
     with pytest.raises(ValueError, match="drifts from the student"):
         workshop.run(pack, section("pack"), inputs, "wrong")
 
@@ -102,9 +102,9 @@ def test_a_single_prompt_gone_wrong_is_refused(workshop: Workshop, monkeypatch: 
     inputs = {"student": workshop.run(surgery, section("surgery"), inputs, "student").path, "data": workshop.data}
     true_logits, calls = Engine.logits, []
 
-    def first_call_wrong(engine: Engine, ids: list[int]) -> np.ndarray:
+    def first_call_wrong(engine: Engine, ids: list[int], **options: bool) -> np.ndarray:
         calls.append(ids)
-        return true_logits(engine, ids) * (2.0 if len(calls) == 1 else 1.0)
+        return true_logits(engine, ids, **options) * (2.0 if len(calls) == 1 else 1.0)
 
     monkeypatch.setattr(Engine, "logits", first_call_wrong)
     with pytest.raises(ValueError, match=r"drifts from the student: .* largest=\d"):

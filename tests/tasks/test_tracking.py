@@ -1,5 +1,6 @@
 """MLflow is a copy of the files: complete, never twice, and never in the way."""
 
+import fcntl
 import json
 import logging
 import shutil
@@ -13,7 +14,7 @@ from mlflow.entities import Run
 
 from bitdistill_core.config import Params
 from bitdistill_core.engine.model import Engine
-from bitdistill_core.manifest import read_manifest
+from bitdistill_core.manifest import StageBusyError, digest_file, read_manifest
 from bitdistill_core.pipeline import NODES, find_node
 from tasks import tracking
 
@@ -108,6 +109,47 @@ def test_the_packed_model_is_registered_and_predicts(client: MlflowClient, run_d
     prompts = ["Review: A fine film .\nSentiment:", "Review: Dull .\nSentiment:"]
     best = engine.score(prompts, [" negative", " positive"]).argmax(axis=1)
     assert predicted["label"].tolist() == [["negative", "positive"][index] for index in best]
+
+
+def test_the_champion_is_the_best_so_far(
+    client: MlflowClient, run_dir: Path, tiny_params: Params, tmp_path: Path
+) -> None:
+    path = "report/results.json"
+    results = json.loads((run_dir / path).read_text())
+    champions = []
+    for name, score in (("first", 0.7), ("worse", 0.6), ("better", 0.8), ("equal", 0.8)):
+        copy = Path(shutil.copytree(run_dir, tmp_path / "runs" / name))
+        results["splits"][results["headline_split"]]["bitdistill_packed"]["metrics"]["accuracy"] = score
+        (copy / path).write_text(json.dumps(results))
+        manifest = read_manifest(run_dir / "report") | {"fingerprint": name}
+        manifest["outputs"]["results.json"] = digest_file(copy / path)
+        (copy / "report/manifest.json").write_text(json.dumps(manifest))
+        tracking.send(copy, tiny_params, profile="best")
+        version = client.get_model_version_by_alias("bitdistill-best", "champion")
+        champions.append((version.tags["bitdistill.run"], float(version.tags["bitdistill.score"])))
+    assert champions == [("first", 0.7), ("first", 0.7), ("better", 0.8), ("equal", 0.8)]
+
+
+def test_a_second_process_leaves_the_run_of_the_first_alone(
+    client: MlflowClient, tiny_params: Params, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs/demo"
+    with tracking.track_conversion(run_dir, tiny_params) as conversion:
+        tracking.run_tracked("data", tiny_params, run_dir, conversion)
+        with conversion.stage(find_node("base")) as report:
+            report({"base/loss": 1.0}, 1)
+            with (run_dir / ".work/base.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with (
+                    pytest.raises(StageBusyError, match="another process is working on stage=base"),
+                    tracking.track_conversion(run_dir, tiny_params) as second,
+                ):
+                    tracking.run_tracked("base", tiny_params, run_dir, second)
+            states = {name: run.info.status for name, run in runs_of(client, tmp_path).items()}
+            tracked = tracking.run_node(find_node("base"), tiny_params, run_dir, report=report)
+    assert tracked.metrics["base/loss"] > 0
+    assert states == {"demo": "RUNNING", "data": "FINISHED", "base": "RUNNING"}
+    assert runs_of(client, tmp_path)["base"].info.status == "FINISHED"
 
 
 def test_sending_twice_adds_nothing(client: MlflowClient, run_dir: Path, tiny_params: Params, tmp_path: Path) -> None:
@@ -207,6 +249,7 @@ def test_an_interrupted_stage_is_resumed_without_repeating_a_step(
 ) -> None:
     run_dir = tmp_path / "runs/demo"
     lines = [json.loads(line) for line in (finished_run / "base/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "base/loss" in line]
 
     def stop_midway() -> None:
         with tracking.track_conversion(run_dir, tiny_params) as conversion:
