@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -100,7 +101,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A full-precision causal LM in fp32 from a directory, a hub id, a GGUF file, or `package:MODULE/file.gguf`.
+    """A full-precision causal LM in fp32 from a directory, a GGUF file, `package:MODULE/file.gguf`, or a hub id.
+
+    A hub id may name a branch, tag or commit: `Qwen/Qwen3-0.6B@REVISION`.
 
     Raises:
         ValueError: not found, unreadable, or an unsupported architecture.
@@ -115,6 +118,8 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if not (path / "config.json").is_file():
             raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
         checkpoint = str(path)
+    elif "@" in checkpoint:
+        checkpoint, _, source["revision"] = checkpoint.partition("@")
     config = _load_config(checkpoint, **source)
     require_supported(config)
     if surgery_record(config) is not None:
@@ -124,7 +129,7 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         )
     options: dict[str, Any] = {}
     loaded: Any
-    if source:
+    if "gguf_file" in source:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -155,6 +160,15 @@ def local_files(checkpoint: str) -> list[Path]:
     if path is None:
         return []
     return [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+
+
+def hub_commit(checkpoint: str) -> str | None:
+    """The commit that `load_pretrained` got for a hub id; None for what lies on this machine."""
+    if _local_path(checkpoint) is not None:
+        return None
+    name, _, revision = checkpoint.partition("@")
+    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _local_path(checkpoint: str) -> Path | None:

@@ -29,13 +29,13 @@ class DataConfig(Section):
 
     task: str
     template: Template | None  # the template of task `custom`; null for a built-in task
-    examples: str  # parquet file, directory of SPLIT*.parquet, or data set id on the hub
+    examples: str  # file, directory of SPLIT* files, or hub id[@REVISION]
     examples_config: str | None  # configuration of that data set on the hub
     train_split: str
     eval_splits: list[str] = Field(min_length=1)  # the first one is the headline
     max_train_examples: int = Field(ge=0)  # 0: all
     max_eval_examples: int = Field(ge=0)  # 0: all
-    corpus: str  # parquet file, directory of *.parquet, or data set id on the hub
+    corpus: str  # file, directory of files, or hub id[@REVISION]
     corpus_column: str
     corpus_documents: int = Field(ge=0)  # 0: all
     data_root: str | None  # read parquet below this directory instead of the hub
@@ -135,7 +135,9 @@ class ScratchConfig(BlocksSection):
 class BaseConfig(Section):
     """params.yaml section `base`: the full-precision LM to convert."""
 
-    checkpoint: str | None  # directory, hub id, file.gguf, or package:MODULE/file.gguf; null trains `scratch`
+    checkpoint: (
+        str | None
+    )  # directory, hub id[@REVISION], file.gguf or package:MODULE/file.gguf; null: `scratch`
     num_layers: int = Field(ge=0)  # keep the first so many blocks; 0: all
     scratch: ScratchConfig
 

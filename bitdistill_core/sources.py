@@ -19,7 +19,8 @@ ENDINGS = (".parquet", ".jsonl", ".csv")
 def locate(name: str, config: str | None, data_root: str | None) -> Source:
     """The local path of a data set, or its hub id where it has none.
 
-    Without `data_root` a name that exists is a path and anything else a hub id. With it the data set must lie below,
+    Without `data_root` a name that exists is a path and anything else a hub id, of a branch, tag or commit where it
+    reads ID@REVISION. With it the data set must lie below,
     as files: DATA_ROOT/NAME, DATA_ROOT/BASENAME/CONFIG or DATA_ROOT/BASENAME (glue for the hub id nyu-mll/glue); a
     name of a file, data/demo/corpus.parquet, may also exist as it is.
 
@@ -32,6 +33,7 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
         if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise ValueError(f"no data at path={name}; give a {_ENDINGS} file, a directory of such files or a hub id")
         return name
+    name = name.partition("@")[0]
     base = Path(data_root) / name.rsplit("/", 1)[-1]
     candidates = [Path(data_root) / name, *([base / config] if config else []), base]
     if name.endswith(ENDINGS):
@@ -141,8 +143,9 @@ _ENDINGS = ", ".join(ENDINGS)
 def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
     import datasets
 
+    repository, _, revision = name.partition("@")
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision or None)
     except Exception as error:  # the hub client raises many types, also for "no network"
         raise ValueError(
             f"cannot load split={split} of data set {name} ({config}) from the hub: {str(error).splitlines()[0]}; "

@@ -3,6 +3,7 @@
 Loads `base.checkpoint`, or trains a small model with its own BPE tokenizer on the corpus when that is null.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def sources(config: BaseConfig) -> list[Path]:
 def run(
     config: BaseConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
 ) -> Metrics:
-    """Writes config.json, model.safetensors and the tokenizer.
+    """Writes config.json, model.safetensors and the tokenizer; source.json with the commit of a model from the hub.
 
     Raises:
         ValueError: a checkpoint that is missing, unreadable or of an unsupported architecture.
@@ -53,6 +54,9 @@ def run(
         model, tokenizer, metrics = _train_scratch(config.scratch, inputs, work_dir, report, device)
     else:
         model, tokenizer = checkpoint.load_pretrained(config.checkpoint)
+        if commit := checkpoint.hub_commit(config.checkpoint):
+            source = {"checkpoint": config.checkpoint, "commit": commit}
+            (out_dir / "source.json").write_text(json.dumps(source) + "\n")
     if config.num_layers:
         keep_first_layers(model, config.num_layers)
     checkpoint.save_model(model, tokenizer, out_dir)

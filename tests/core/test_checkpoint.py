@@ -1,6 +1,10 @@
 """Models save and reload exactly; what cannot be loaded is one clear error."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bitdistill_core import checkpoint
 from bitdistill_core.stages import training
 from bitdistill_core.surgery import operate
+from tests.conftest import ROOT
 from tests.core.conftest import build
 from tests.core.test_data import (
     corpus,  # noqa: F401  (a fixture)
@@ -108,6 +113,36 @@ def test_a_hugging_face_directory_loads(tokenizer: PreTrainedTokenizerFast, tmp_
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, loaded(IDS).logits, atol=1e-6)
     shutil.rmtree(tmp_path)
+
+
+def test_a_hub_id_may_name_a_revision(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    repository = tmp_path / "hub/models--some--model"  # as the hub's client lays out what it fetched
+    (repository / "refs").mkdir(parents=True)
+    models = {}
+    for seed, (commit, name) in enumerate((("a" * 40, "main"), ("b" * 40, "v2"))):
+        models[commit] = build("qwen3", seed, vocab_size=len(tokenizer))
+        models[commit].save_pretrained(repository / "snapshots" / commit)
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / name).write_text(commit)
+    code = """
+import sys, torch
+from pathlib import Path
+from bitdistill_core.stages import base
+from tests.core.conftest import section
+for name, out in zip(("some/model", "some/model@v2", "some/model@" + "a" * 40), map(Path, sys.argv[1:])):
+    out.mkdir()
+    options = {"work_dir": out, "report": lambda *_: None, "device": torch.device("cpu")}
+    base.run(section("base", checkpoint=name), base.Inputs(Path("none")), out_dir=out, **options)
+"""
+    outs = [tmp_path / "main", tmp_path / "v2", tmp_path / "commit"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_CACHE", None)
+    subprocess.run([sys.executable, "-c", code, *map(str, outs)], env=environment, check=True)
+    for out, commit in zip(outs, ("a" * 40, "b" * 40, "a" * 40), strict=True):
+        assert json.loads((out / "source.json").read_text())["commit"] == commit
+        loaded, _ = checkpoint.load_model(out)
+        for name, value in models[commit].state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("has_own_head", [False, True])

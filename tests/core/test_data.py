@@ -227,6 +227,8 @@ def test_parquet_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no data for nyu-mll/other; tried"):
         locate("nyu-mll/other", None, str(tmp_path))
     assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
+    assert locate("nyu-mll/glue@main", "sst2", str(tmp_path)) == source
+    assert locate("nyu-mll/glue@main", "sst2", None) == "nyu-mll/glue@main"
     file = tmp_path / "glue" / "sst2" / "validation-0.parquet"
     assert locate(str(file), None, str(tmp_path / "glue")) == file
 
