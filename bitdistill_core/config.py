@@ -135,9 +135,7 @@ class ScratchConfig(BlocksSection):
 class BaseConfig(Section):
     """params.yaml section `base`: the full-precision LM to convert."""
 
-    checkpoint: (
-        str | None
-    )  # directory, hub id[@REVISION], file.gguf or package:MODULE/file.gguf; null: `scratch`
+    checkpoint: str | None  # directory, hub id[@REVISION], .gguf file or package:MODULE/file.gguf; null: `scratch`
     num_layers: int = Field(ge=0)  # keep the first so many blocks; 0: all
     scratch: ScratchConfig
 
