@@ -9,6 +9,7 @@ from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
@@ -126,6 +127,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         work_root=run_dir / ".work" / node.name,
         sources=sources,
         reads_metrics=node.reads_metrics,
+        measures={"num_threads": torch.get_num_threads()} if node.stage is benchmark else None,
         report=report,
         device=device,
     )
