@@ -51,10 +51,6 @@ def train_on_corpus(
     batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     num_epochs = num_steps * config.batch_size / batches.num_blocks
     report({f"{name}/corpus_epochs": num_epochs}, 0)
-    if num_epochs > 1:
-        log.warning(
-            "%s: the corpus is shorter than num_tokens=%d and is read %.1f times", name, config.num_tokens, num_epochs
-        )
     metrics = train.fit(
         model,
         batches,
