@@ -35,7 +35,7 @@ class BitLinear(nn.Module):
         self.quantizer = quantizer
         self.hardness = 1.0
         self.input_norm = None
-        self._frozen: Tensor | None = None
+        self._is_frozen = False
         if sub_norm_eps is not None:
             self.input_norm = nn.RMSNorm(self.in_features, eps=sub_norm_eps, device=weight.device, dtype=weight.dtype)
 
@@ -50,15 +50,15 @@ class BitLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight (N, K) of the forward pass."""
-        if self._frozen is not None:
-            return self._frozen
+        if self._is_frozen:
+            return self.weight
         return self._mixed(self.weight, fake_quantize_weight(self.weight, self.quantizer))
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Quantises the weight once and for all, for inference: generation would do it again for every token."""
-        self._frozen = self.quantized_weight()
-        self.requires_grad_(False)
+        """Replaces the latent weight by the quantised one: generation would quantise it again for every token."""
+        self.weight = nn.Parameter(self.quantized_weight(), requires_grad=False)
+        self._is_frozen = True
 
     def _mixed(self, exact: Tensor, quantized: Tensor) -> Tensor:
         return quantized if self.hardness >= 1.0 else torch.lerp(exact, quantized, self.hardness)

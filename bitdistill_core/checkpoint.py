@@ -174,7 +174,8 @@ def hub_commit(checkpoint: str) -> str | None:
 def _local_path(checkpoint: str) -> Path | None:
     if checkpoint.startswith("package:"):
         return _package_file(checkpoint.removeprefix("package:"))
-    looks_local = checkpoint.endswith(".gguf") or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
+    looks_local = checkpoint.endswith(".gguf") or checkpoint.startswith((".", "/", "~"))
+    looks_local = looks_local or checkpoint.partition("@")[0].count("/") > 1
     path = Path(checkpoint).expanduser()
     return path if looks_local or path.exists() else None
 

@@ -6,6 +6,7 @@ and packed model see the same tokens. lm_eval and datasets are imported inside t
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class TorchScorer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, device: torch.device
     ) -> None:
-        """Takes the model over: a student's weights are quantised once."""
+        """Takes the model over: a student's latent weights are replaced by quantised ones."""
         nn.Module.to(model, device)
         for module in model.modules():
             if isinstance(module, BitLinear):
@@ -223,16 +224,17 @@ def evaluate_split(
 
 
 def score_examples(
-    scorer: Scorer, *, is_generation: bool, examples: Path, max_new_tokens: int, name: str
+    scorer: Scorer, *, is_generation: bool, examples: Path, max_new_tokens: int, name: str, kept: Path | None = None
 ) -> Evaluation:
     """The same figures as `evaluate_split` without lm-eval, for machines that have only what training needs.
 
     Args:
         examples: parquet written by the `data` stage; name: for the progress bar.
+        kept: a file of generated texts, for an evaluation that is interrupted.
     """
     rows = pq.read_table(examples).to_pylist()
     if is_generation:
-        return _score_texts(rows, _generate(scorer, [row["prompt"] for row in rows], max_new_tokens, name, None))
+        return _score_texts(rows, _generate(scorer, [row["prompt"] for row in rows], max_new_tokens, name, kept))
     requests = [
         (scorer.encode_prompt(row["prompt"]), scorer.encode_answer(choice)) for row in rows for choice in row["choices"]
     ]
@@ -260,9 +262,10 @@ def _generate(scorer: Scorer, prompts: Sequence[str], max_new_tokens: int, name:
     """A text for each prompt. Texts in the file `kept` are not generated again, new ones are added to it."""
     texts: dict[int, str] = {}
     if kept is not None and kept.is_file():
-        lines = [line for line in kept.read_text().splitlines() if line.endswith("]")]  # the last may be cut short
-        texts.update(json.loads(line) for line in lines)
-        kept.write_text("".join(line + "\n" for line in lines))
+        lines = kept.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
+        texts.update(json.loads(line) for line in whole)
+        os.truncate(kept, sum(len(line.encode()) for line in whole))
     missing = [index for index in range(len(prompts)) if index not in texts]
     with (
         progress_bar(f"evaluate {name}", total=len(prompts), initial=len(texts), unit="text") as bar,

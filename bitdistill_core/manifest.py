@@ -118,6 +118,7 @@ def execute(
         shutil.rmtree(out_dir, ignore_errors=True)
         out_dir.mkdir(parents=True)
         recorder = _Recorder(work_dir, report)
+        report({}, 0)  # it begins, maybe hours before its first figure
         metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
         ended = time.time()
         times = {"seconds": recorder.seconds(ended), "started": recorder.starts[0], "ended": ended}

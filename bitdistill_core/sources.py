@@ -30,10 +30,11 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
     if data_root is None:
         if Path(name).exists():
             return Path(name)
-        if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or _repository(name).count("/") != 1:
             raise ValueError(f"no data at path={name}; give a {_ENDINGS} file, a directory of such files or a hub id")
         return name
-    name = name.partition("@")[0]
+    if not name.endswith(ENDINGS):
+        name = _repository(name)
     base = Path(data_root) / name.rsplit("/", 1)[-1]
     candidates = [Path(data_root) / name, *([base / config] if config else []), base]
     if name.endswith(ENDINGS):
@@ -140,10 +141,14 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
 _ENDINGS = ", ".join(ENDINGS)
 
 
+def _repository(name: str) -> str:
+    return name.partition("@")[0]
+
+
 def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
     import datasets
 
-    repository, _, revision = name.partition("@")
+    repository, revision = _repository(name), name.partition("@")[2]
     try:
         return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision or None)
     except Exception as error:  # the hub client raises many types, also for "no network"

@@ -68,7 +68,9 @@ def track_conversion(
     try:
         yield conversion
     except StageBusyError:
-        raise  # the other process writes the run
+        if not conversion.is_shared:
+            conversion.close("KILLED", time.time())
+        raise
     except BaseException as error:
         conversion.close("FAILED" if isinstance(error, Exception) else "KILLED", time.time())
         raise
@@ -133,6 +135,7 @@ class Conversion:
         self.run_dir, self.params, self.must_arrive = run_dir, params, must_arrive
         self.profile = profile if profile is not None else re.sub(r"-seed\d+$", "", run_dir.name)
         self.is_off = True  # until `open`
+        self.is_shared = False  # whether another process may be writing the same run
         self._is_changed = False
         self._stages: dict[str, BufferedRun] = {}
         self._done: set[str] = set()
@@ -209,6 +212,7 @@ class Conversion:
             **({"mlflow.source.git.commit": commit} if commit else {}),
         }
         found = find_runs(self._client, self._experiment, {"bitdistill.conversion": key})
+        self.is_shared = bool(found) and found[0].info.status == "RUNNING"
         self._parent = found[0] if found else self._create_run(self.run_dir.name, started, tags)
         log_params(self._client, self._parent.info.run_id, values, tags)
         if found and self._parent.info.status != "FINISHED":
@@ -295,11 +299,16 @@ class Conversion:
         metrics.add(headline_metrics(results), 0, end_time(manifest))
         metrics.flush()
         self._client.log_artifacts(run_id, str(directory), "report")
-        self._register_packed(packed_score(results))
+        split = results["headline_split"]
+        examples = read_manifest(self.run_dir / "data")["outputs"][f"examples/{split}.parquet"]
+        self._register_packed(packed_score(results), examples)
         self._client.set_tag(run_id, "bitdistill.report", manifest["fingerprint"])
 
-    def _register_packed(self, score: float) -> None:
-        """The packed student as a registered pyfunc, unless this very file is; alias champion if none scored higher."""
+    def _register_packed(self, score: float, examples: str) -> None:
+        """The packed student as a registered pyfunc, unless this very file is.
+
+        Alias champion, unless another version scored higher on the same examples.
+        """
         import mlflow
 
         directory = find_node(PACKED).directory(self.run_dir)
@@ -314,13 +323,12 @@ class Conversion:
                 pip_requirements=[f"bitdistill=={__version__}"],
             )
         name = f"bitdistill-{self.profile}"
-        tags = {"bitdistill.run": self.run_dir.name, "bitdistill.score": repr(score)}
+        tags = {"bitdistill.score": repr(score), "bitdistill.examples": examples}
+        tags["bitdistill.run"] = self.run_dir.name
         version = mlflow.register_model(info.model_uri, name, tags=tags)
         champion = self._client.get_registered_model(name).aliases.get("champion")
-        best = -1.0
-        if champion is not None:
-            best = float(self._client.get_model_version(name, champion).tags.get("bitdistill.score", best))
-        if score >= best:
+        best = self._client.get_model_version(name, champion).tags if champion is not None else {}
+        if best.get("bitdistill.examples") != examples or score >= float(best["bitdistill.score"]):
             self._client.set_registered_model_alias(name, "champion", version.version)
         self._client.set_tag(run_id, "bitdistill.packed", manifest["fingerprint"])
         self._is_changed = True  # start_run ended the run with the time of now

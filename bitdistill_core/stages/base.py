@@ -55,7 +55,7 @@ def run(
     else:
         model, tokenizer = checkpoint.load_pretrained(config.checkpoint)
         if commit := checkpoint.hub_commit(config.checkpoint):
-            source = {"checkpoint": config.checkpoint, "commit": commit}
+            source = {"repository": config.checkpoint.partition("@")[0], "commit": commit}
             (out_dir / "source.json").write_text(json.dumps(source) + "\n")
     if config.num_layers:
         keep_first_layers(model, config.num_layers)

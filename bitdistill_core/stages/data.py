@@ -42,13 +42,23 @@ class Task:
 
 def read_task(directory: Path) -> Task:
     """The task that a finished `data` stage describes."""
-    return Task(**json.loads((directory / "task.json").read_text()))
+    try:
+        return Task(**json.loads((directory / "task.json").read_text()))
+    except TypeError:
+        raise ValueError(_of_an_earlier_version(directory)) from None
 
 
 def read_eval_splits(directory: Path) -> list[str]:
     """The splits to evaluate on; the first one gives the headline."""
-    splits: list[str] = json.loads((directory / "eval_splits.json").read_text())
+    path = directory / "eval_splits.json"
+    if not path.is_file():
+        raise ValueError(_of_an_earlier_version(directory))
+    splits: list[str] = json.loads(path.read_text())
     return splits
+
+
+def _of_an_earlier_version(directory: Path) -> str:
+    return f"path={directory} was made by an earlier version; run the stage data again, then those behind it"
 
 
 def examples_path(directory: Path, split: str) -> Path:

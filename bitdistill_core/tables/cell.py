@@ -174,6 +174,7 @@ def run_cell(
         seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
         if step.recipe == examples.recipe:
             floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
+    kept = store / ".work" / f"generated-{last.recipe}-{params.evaluate.max_new_tokens}.jsonl"
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,
@@ -181,7 +182,7 @@ def run_cell(
         "seconds": seconds,
         "device": str(device),
         "floors": floors,
-        **_evaluate(last.directory(store), examples.directory(store), params.evaluate, device),
+        **_evaluate(last.directory(store), examples.directory(store), params.evaluate, device, kept),
         "curves": _curves(last, store),
         "weights": _weights(last, store),
     }
@@ -190,6 +191,7 @@ def run_cell(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result) + "\n")
     os.replace(temporary, path)
+    kept.unlink(missing_ok=True)
     return result
 
 
@@ -202,7 +204,9 @@ def discard_checkpoints(plan: Plan, store: Path, finished: list[Cell], pending: 
                 shutil.rmtree(step.directory(store), ignore_errors=True)
 
 
-def _evaluate(model_dir: Path, data_dir: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+def _evaluate(
+    model_dir: Path, data_dir: Path, config: EvaluateConfig, device: torch.device, kept: Path
+) -> dict[str, Any]:
     task = read_task(data_dir)
     split = read_eval_splits(data_dir)[0]
     model, tokenizer = checkpoint.load_model(model_dir)
@@ -213,6 +217,7 @@ def _evaluate(model_dir: Path, data_dir: Path, config: EvaluateConfig, device: t
         examples=examples_path(data_dir, split),
         max_new_tokens=config.max_new_tokens,
         name=f"{task.name} {split}",
+        kept=kept,
     )
     out: dict[str, Any] = {"split": split, "num_examples": found.num_examples, "metrics": found.metrics}
     if task.kind == "classification":

@@ -117,9 +117,9 @@ def test_a_hugging_face_directory_loads(tokenizer: PreTrainedTokenizerFast, tmp_
 
 def test_a_hub_id_may_name_a_revision(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     repository = tmp_path / "hub/models--some--model"  # as the hub's client lays out what it fetched
-    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/pr").mkdir(parents=True)
     models = {}
-    for seed, (commit, name) in enumerate((("a" * 40, "main"), ("b" * 40, "v2"))):
+    for seed, (commit, name) in enumerate((("a" * 40, "main"), ("b" * 40, "pr/1"))):
         models[commit] = build("qwen3", seed, vocab_size=len(tokenizer))
         models[commit].save_pretrained(repository / "snapshots" / commit)
         tokenizer.save_pretrained(repository / "snapshots" / commit)
@@ -129,7 +129,7 @@ import sys, torch
 from pathlib import Path
 from bitdistill_core.stages import base
 from tests.core.conftest import section
-for name, out in zip(("some/model", "some/model@v2", "some/model@" + "a" * 40), map(Path, sys.argv[1:])):
+for name, out in zip(("some/model", "some/model@pr/1", "some/model@" + "a" * 40), map(Path, sys.argv[1:])):
     out.mkdir()
     options = {"work_dir": out, "report": lambda *_: None, "device": torch.device("cpu")}
     base.run(section("base", checkpoint=name), base.Inputs(Path("none")), out_dir=out, **options)
@@ -139,7 +139,7 @@ for name, out in zip(("some/model", "some/model@v2", "some/model@" + "a" * 40), 
     environment.pop("HF_HUB_CACHE", None)
     subprocess.run([sys.executable, "-c", code, *map(str, outs)], env=environment, check=True)
     for out, commit in zip(outs, ("a" * 40, "b" * 40, "a" * 40), strict=True):
-        assert json.loads((out / "source.json").read_text())["commit"] == commit
+        assert json.loads((out / "source.json").read_text()) == {"repository": "some/model", "commit": commit}
         loaded, _ = checkpoint.load_model(out)
         for name, value in models[commit].state_dict().items():
             assert torch.equal(value, loaded.state_dict()[name]), name

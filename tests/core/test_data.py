@@ -1,5 +1,6 @@
 """Templates, examples, batches and corpus blocks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
 from bitdistill_core.stages.base import train_tokenizer
-from bitdistill_core.stages.data import _require_every_label, _sample
+from bitdistill_core.stages.data import _require_every_label, _sample, read_eval_splits, read_task
 from bitdistill_core.templates import TEMPLATES, Template
 
 
@@ -217,6 +218,14 @@ def test_documents_blocks_and_calibration_begin_as_prompts_do(tmp_path: Path, co
     assert tokenizer.eos_token_id in sequences
 
 
+def test_examples_of_an_earlier_version_say_so(tmp_path: Path) -> None:
+    fields = {"name": "sst2", "kind": "classification", "eval_splits": ["test"], "prompt": "{a}:", "label_words": []}
+    (tmp_path / "task.json").write_text(json.dumps(fields))
+    for read in (read_task, read_eval_splits):
+        with pytest.raises(ValueError, match="made by an earlier version; run the stage data again"):
+            read(tmp_path)
+
+
 def test_parquet_sources(tmp_path: Path) -> None:
     (tmp_path / "glue" / "sst2").mkdir(parents=True)
     pq.write_table(pa.table({"sentence": ["x"], "label": [1]}), tmp_path / "glue" / "sst2" / "validation-0.parquet")
@@ -228,7 +237,9 @@ def test_parquet_sources(tmp_path: Path) -> None:
         locate("nyu-mll/other", None, str(tmp_path))
     assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
     assert locate("nyu-mll/glue@main", "sst2", str(tmp_path)) == source
-    assert locate("nyu-mll/glue@main", "sst2", None) == "nyu-mll/glue@main"
+    assert locate("nyu-mll/glue@refs/pr/1", "sst2", None) == "nyu-mll/glue@refs/pr/1"
+    (tmp_path / "c@2.jsonl").write_text("{}")
+    assert locate("c@2.jsonl", None, str(tmp_path)) == tmp_path / "c@2.jsonl"
     file = tmp_path / "glue" / "sst2" / "validation-0.parquet"
     assert locate(str(file), None, str(tmp_path / "glue")) == file
 

@@ -184,20 +184,27 @@ def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa:
 @pytest.mark.parametrize("is_student", [False, True])
 def test_texts_of_a_batch_are_those_of_single_prompts(corpus: Path, model_type: str, is_student: bool) -> None:  # noqa: F811
     tokenizer = train_tokenizer(corpus, vocab_size=300)
-    model = build(model_type, vocab_size=len(tokenizer), eos_token_id=tokenizer.encode(" the"))
+    model = build(model_type, vocab_size=len(tokenizer), eos_token_id=None, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
     if is_student:
         operate(model, subln="output", sub_norm_eps=1e-6)
     prompts = ["a dog", "the cat sat on the mat and the dog ran to the end of the story", "the end", "", "mat"]
     prompts = [prompt + " of the" for prompt in prompts]
-    expected = []
+    found: list[list[int]] = []
     with torch.no_grad():
         for prompt in prompts:
             ids, new = tokenizer.encode(prompt), []
             for _ in range(12):
                 new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-                if new[-1] in end_ids(model, tokenizer):
-                    break
-            expected.append(tokenizer.decode(new[:-1] if new[-1] in end_ids(model, tokenizer) else new))
+            found.append(new)
+    end = next(token for new in found for token in new[2:] if token not in new[:2])  # the first text is cut at it
+    model.generation_config.eos_token_id = [end]
+    ends = end_ids(model, tokenizer)
+    lengths = [next((i for i, token in enumerate(new) if token in ends), len(new)) for new in found]
+    expected = [tokenizer.decode(new[:length]) for new, length in zip(found, lengths, strict=True)]
+    assert 2 <= lengths[0] < 12
+    assert len(set(expected)) > 2
     scorer = TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu"))
     texts = list(scorer.generate(prompts, 12))
     assert [index for index, _ in texts] != sorted(index for index, _ in texts)
@@ -225,7 +232,7 @@ def test_an_interrupted_evaluation_keeps_its_texts(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
     with (tmp_path / "generated-test.jsonl").open("a") as file:
-        file.write('[1, "it sl')  # cut short by the end of the process
+        file.write('[1, "it s [l]')  # cut short by the end of the process
     stop_at = None
     resumed = evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
     assert asked == [["p0", "p1", "p2", "p3"], ["p0", "p1"]]
@@ -239,7 +246,7 @@ def test_a_frozen_student_computes_what_it_did() -> None:
         expected = model(ids).logits
         TorchScorer(model, None, batch_size=1, device=torch.device("cpu"))  # type: ignore[arg-type]
         assert torch.equal(model(ids).logits, expected)
-    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "proj" in name)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "proj.weight" in name)
 
 
 def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finished_run: Path) -> None:

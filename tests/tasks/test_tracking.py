@@ -4,7 +4,9 @@ import fcntl
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -16,7 +18,7 @@ from bitdistill_core.config import Params
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.manifest import StageBusyError, digest_file, read_manifest
 from bitdistill_core.pipeline import NODES, find_node
-from tasks import tracking
+from tasks import run_files, tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DEAD_SERVER = "http://127.0.0.1:9"  # nothing listens there
@@ -111,23 +113,31 @@ def test_the_packed_model_is_registered_and_predicts(client: MlflowClient, run_d
     assert predicted["label"].tolist() == [["negative", "positive"][index] for index in best]
 
 
-def test_the_champion_is_the_best_so_far(
-    client: MlflowClient, run_dir: Path, tiny_params: Params, tmp_path: Path
+def test_the_champion_is_the_best_so_far_on_the_same_examples(
+    client: MlflowClient, run_dir: Path, tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def manifest_of(instead_of: Path, manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
+        return manifest if directory == instead_of else run_files.read_manifest(directory)
+
     path = "report/results.json"
     results = json.loads((run_dir / path).read_text())
     champions = []
-    for name, score in (("first", 0.7), ("worse", 0.6), ("better", 0.8), ("equal", 0.8)):
+    runs = [("first", 0.7, ""), ("worse", 0.6, ""), ("better", 0.8, ""), ("equal", 0.8, "")]
+    runs.append(("other examples", 0.5, "x"))
+    for name, score, examples in runs:
         copy = Path(shutil.copytree(run_dir, tmp_path / "runs" / name))
         results["splits"][results["headline_split"]]["bitdistill_packed"]["metrics"]["accuracy"] = score
         (copy / path).write_text(json.dumps(results))
         manifest = read_manifest(run_dir / "report") | {"fingerprint": name}
         manifest["outputs"]["results.json"] = digest_file(copy / path)
         (copy / "report/manifest.json").write_text(json.dumps(manifest))
+        data = json.loads((copy / "data/manifest.json").read_text())
+        data["outputs"][f"examples/{results['headline_split']}.parquet"] += examples
+        monkeypatch.setattr(tracking, "read_manifest", partial(manifest_of, copy / "data", data))
         tracking.send(copy, tiny_params, profile="best")
         version = client.get_model_version_by_alias("bitdistill-best", "champion")
         champions.append((version.tags["bitdistill.run"], float(version.tags["bitdistill.score"])))
-    assert champions == [("first", 0.7), ("first", 0.7), ("better", 0.8), ("equal", 0.8)]
+    assert champions == [("first", 0.7), ("first", 0.7), ("better", 0.8), ("equal", 0.8), ("other examples", 0.5)]
 
 
 def test_a_second_process_leaves_the_run_of_the_first_alone(
@@ -148,8 +158,21 @@ def test_a_second_process_leaves_the_run_of_the_first_alone(
             states = {name: run.info.status for name, run in runs_of(client, tmp_path).items()}
             tracked = tracking.run_node(find_node("base"), tiny_params, run_dir, report=report)
     assert tracked.metrics["base/loss"] > 0
+    assert second.is_shared
     assert states == {"demo": "RUNNING", "data": "FINISHED", "base": "RUNNING"}
     assert runs_of(client, tmp_path)["base"].info.status == "FINISHED"
+
+
+def test_a_second_process_of_other_parameters_closes_its_own_run(
+    client: MlflowClient, tiny_params: Params, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs/demo"
+    (run_dir / ".work").mkdir(parents=True)
+    with (run_dir / ".work/data.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StageBusyError), tracking.track_conversion(run_dir, tiny_params) as conversion:
+            tracking.run_tracked("data", tiny_params, run_dir, conversion)
+    assert {name: run.info.status for name, run in runs_of(client, tmp_path).items()} == {"demo": "KILLED"}
 
 
 def test_sending_twice_adds_nothing(client: MlflowClient, run_dir: Path, tiny_params: Params, tmp_path: Path) -> None:
