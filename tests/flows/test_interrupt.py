@@ -62,7 +62,7 @@ def interrupt(code: str, work: Path, folder: Path) -> tuple[int, str]:
     )
     try:
         deadline = time.monotonic() + 300
-        while not list(work.glob("base*/step-*")):
+        while not list(work.glob("base*/*/step-*")):
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.5)
@@ -72,5 +72,5 @@ def interrupt(code: str, work: Path, folder: Path) -> tuple[int, str]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert list(work.glob("base*/step-*"))
+    assert list(work.glob("base*/*/step-*"))
     return status, log.read_text()
