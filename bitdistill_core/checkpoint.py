@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from bitdistill_core.quantize.weight import WeightQuantizer
+from bitdistill_core.sources import hub_parts
 from bitdistill_core.surgery import operate, require_supported
 
 WEIGHTS = "model.safetensors"
@@ -118,8 +119,8 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if not (path / "config.json").is_file():
             raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
         checkpoint = str(path)
-    elif "@" in checkpoint:
-        checkpoint, _, source["revision"] = checkpoint.partition("@")
+    else:
+        checkpoint, source["revision"] = hub_parts(checkpoint)
     config = _load_config(checkpoint, **source)
     require_supported(config)
     if surgery_record(config) is not None:
@@ -162,20 +163,20 @@ def local_files(checkpoint: str) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
 
 
-def hub_commit(checkpoint: str) -> str | None:
-    """The commit that `load_pretrained` got for a hub id; None for what lies on this machine."""
+def hub_source(checkpoint: str) -> dict[str, str] | None:
+    """Repository and commit that `load_pretrained` got for a hub id; None for what lies on this machine."""
     if _local_path(checkpoint) is not None:
         return None
-    name, _, revision = checkpoint.partition("@")
-    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    repository, revision = hub_parts(checkpoint)
+    cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return {"repository": repository, "commit": Path(cached).parent.name} if isinstance(cached, str) else None
 
 
 def _local_path(checkpoint: str) -> Path | None:
     if checkpoint.startswith("package:"):
         return _package_file(checkpoint.removeprefix("package:"))
     looks_local = checkpoint.endswith(".gguf") or checkpoint.startswith((".", "/", "~"))
-    looks_local = looks_local or checkpoint.partition("@")[0].count("/") > 1
+    looks_local = looks_local or hub_parts(checkpoint)[0].count("/") > 1
     path = Path(checkpoint).expanduser()
     return path if looks_local or path.exists() else None
 

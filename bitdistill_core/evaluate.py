@@ -6,7 +6,6 @@ and packed model see the same tokens. lm_eval and datasets are imported inside t
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from bitdistill_core import losses
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, leading_mark
 from bitdistill_core.engine.tokenizer import keep_end
+from bitdistill_core.manifest import read_lines, write_lines
 from bitdistill_core.progress import progress_bar
 
 TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
@@ -183,14 +183,14 @@ def evaluate_split(
     examples: Path,
     split: str,
     max_new_tokens: int,
-    work_dir: Path | None = None,
+    kept: Path | None = None,
 ) -> Evaluation:
     """Runs one split through lm-eval's evaluator.
 
     Args:
         task: a file in lm_eval_tasks/, or `custom` for the template in the parameters.
         examples: parquet written by the `data` stage.
-        work_dir: where generated texts are kept for an evaluation that is interrupted.
+        kept: a file of generated texts, for an evaluation that is interrupted.
     """
     import datasets
     from lm_eval.evaluator import simple_evaluate
@@ -206,7 +206,7 @@ def evaluate_split(
     manager = TaskManager(include_path=TASK_FILES, include_defaults=False)
     config = {**load_yaml(manager.task_index[name].yaml_path), "test_split": split}
     results = simple_evaluate(
-        model=_adapter(scorer, max_new_tokens, f"{task} {split}", work_dir and work_dir / f"generated-{split}.jsonl"),
+        model=_adapter(scorer, max_new_tokens, f"{task} {split}", kept),
         tasks=[{**config, "custom_dataset": lambda **_: dataset}],
         task_manager=manager,
         bootstrap_iters=0,
@@ -261,11 +261,10 @@ def score_examples(
 def _generate(scorer: Scorer, prompts: Sequence[str], max_new_tokens: int, name: str, kept: Path | None) -> list[str]:
     """A text for each prompt. Texts in the file `kept` are not generated again, new ones are added to it."""
     texts: dict[int, str] = {}
-    if kept is not None and kept.is_file():
-        lines = kept.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
-        texts.update(json.loads(line) for line in whole)
-        os.truncate(kept, sum(len(line.encode()) for line in whole))
+    if kept is not None:
+        lines = read_lines(kept)
+        write_lines(kept, lines)  # without a line that was cut short
+        texts.update((line["index"], line["text"]) for line in lines)
     missing = [index for index in range(len(prompts)) if index not in texts]
     with (
         progress_bar(f"evaluate {name}", total=len(prompts), initial=len(texts), unit="text") as bar,
@@ -274,7 +273,7 @@ def _generate(scorer: Scorer, prompts: Sequence[str], max_new_tokens: int, name:
         for place, text in scorer.generate([prompts[index] for index in missing], max_new_tokens):
             texts[missing[place]] = text
             if file is not None:
-                file.write(json.dumps([missing[place], text]) + "\n")
+                file.write(json.dumps({"index": missing[place], "text": text}) + "\n")
                 file.flush()
             bar.update()
     return [texts[index] for index in range(len(prompts))]

@@ -175,12 +175,12 @@ class _Recorder:
         self.path, self.report = work_dir / METRICS_LOG, report
         self.lines: list[dict[str, float]] = []
         self.furthest = -1.0
-        for line in _read_lines(self.path):
+        for line in read_lines(self.path):
             self._add(line)
         self.copy_to(self.path)  # without a line that was cut short
         starts = work_dir / "starts.jsonl"
-        self.starts = [line["time"] for line in _read_lines(starts)] + [time.time()]
-        _write_lines(starts, [{"time": start} for start in self.starts])
+        self.starts = [line["time"] for line in read_lines(starts)] + [time.time()]
+        write_lines(starts, [{"time": start} for start in self.starts])
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         line = {"step": step, "time": time.time(), **metrics}
@@ -208,17 +208,18 @@ class _Recorder:
         return sum(spent)
 
     def copy_to(self, path: Path) -> None:
-        _write_lines(path, self.lines)
+        write_lines(path, self.lines)
 
 
-def _read_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of a JSON lines file that are whole."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file that are whole; none of a file that is not there."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _write_lines(path: Path, lines: Sequence[Mapping[str, float]]) -> None:
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a JSON lines file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(temporary, path)

@@ -30,11 +30,11 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
     if data_root is None:
         if Path(name).exists():
             return Path(name)
-        if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or _repository(name).count("/") != 1:
+        if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or hub_parts(name)[0].count("/") != 1:
             raise ValueError(f"no data at path={name}; give a {_ENDINGS} file, a directory of such files or a hub id")
         return name
     if not name.endswith(ENDINGS):
-        name = _repository(name)
+        name, _ = hub_parts(name)
     base = Path(data_root) / name.rsplit("/", 1)[-1]
     candidates = [Path(data_root) / name, *([base / config] if config else []), base]
     if name.endswith(ENDINGS):
@@ -44,6 +44,12 @@ def locate(name: str, config: str | None, data_root: str | None) -> Source:
             return path
     tried = ", ".join(str(path) for path in candidates)
     raise ValueError(f"data_root={data_root} holds no data for {name}; tried {tried}")
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """The repository of a hub id, and the branch, tag or commit behind its @, if it names one."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def split_files(source: Path, split: str | None) -> list[Path]:
@@ -141,16 +147,12 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
 _ENDINGS = ", ".join(ENDINGS)
 
 
-def _repository(name: str) -> str:
-    return name.partition("@")[0]
-
-
 def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
     import datasets
 
-    repository, revision = _repository(name), name.partition("@")[2]
+    repository, revision = hub_parts(name)
     try:
-        return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision or None)
+        return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # the hub client raises many types, also for "no network"
         raise ValueError(
             f"cannot load split={split} of data set {name} ({config}) from the hub: {str(error).splitlines()[0]}; "

@@ -152,17 +152,15 @@ class Conversion:
     def stage(self, node: Node) -> Iterator[Report]:
         """The report function of a stage that is about to run; afterwards its files are in MLflow."""
 
-        started = time.time()
-
         def report(metrics: dict[str, float], step: int) -> None:
-            self._report(node, metrics, step, started)
+            self._report(node, metrics, step)
 
         try:
             yield report
         except StageBusyError:
             raise
         except BaseException as error:
-            self._abort_stage(node, "FAILED" if isinstance(error, Exception) else "KILLED", started)
+            self._abort_stage(node, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         self.send_stage(node)
 
@@ -219,24 +217,24 @@ class Conversion:
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
 
     @_guarded
-    def _start_stage(self, node: Node, started: float) -> None:
-        run = self._find_stage(node, None) or self._new_stage(node, started)
+    def _start_stage(self, node: Node) -> None:
+        run = self._find_stage(node, None) or self._new_stage(node, time.time())
         run.start_system_metrics(self._client.tracking_uri)
         self._stages[node.name] = run
 
     @_guarded
-    def _report(self, node: Node, metrics: dict[str, float], step: int, started: float) -> None:
+    def _report(self, node: Node, metrics: dict[str, float], step: int) -> None:
         if node.name not in self._stages:
-            self._start_stage(node, started)
+            self._start_stage(node)
         run = self._stages[node.name]
         run.add(metrics, step, time.time())
         if time.monotonic() - run.flushed > FLUSH_SECONDS:
             run.flush()
 
     @_guarded
-    def _abort_stage(self, node: Node, status: str, started: float) -> None:
+    def _abort_stage(self, node: Node, status: str) -> None:
         if node.name not in self._stages:
-            self._start_stage(node, started)
+            self._start_stage(node)
         self._stages[node.name].end(status, time.time(), fingerprint=None)
 
     def _find_stage(self, node: Node, fingerprint: str | None) -> BufferedRun | None:

@@ -54,8 +54,7 @@ def run(
         model, tokenizer, metrics = _train_scratch(config.scratch, inputs, work_dir, report, device)
     else:
         model, tokenizer = checkpoint.load_pretrained(config.checkpoint)
-        if commit := checkpoint.hub_commit(config.checkpoint):
-            source = {"repository": config.checkpoint.partition("@")[0], "commit": commit}
+        if source := checkpoint.hub_source(config.checkpoint):
             (out_dir / "source.json").write_text(json.dumps(source) + "\n")
     if config.num_layers:
         keep_first_layers(model, config.num_layers)

@@ -47,7 +47,7 @@ def run(
             examples=examples_path(inputs.data, split),
             split=split,
             max_new_tokens=config.max_new_tokens,
-            work_dir=work_dir,
+            kept=work_dir / f"generated-{split}.jsonl",
         )
         low, high = (
             wilson_interval(result.metrics["accuracy"], result.num_examples)

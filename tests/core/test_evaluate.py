@@ -230,11 +230,11 @@ def test_an_interrupted_evaluation_keeps_its_texts(tmp_path: Path) -> None:
         "max_new_tokens": 4,
     }
     with pytest.raises(KeyboardInterrupt):
-        evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
+        evaluate_split(Interrupted(set()), **run, kept=tmp_path / "generated-test.jsonl")
     with (tmp_path / "generated-test.jsonl").open("a") as file:
-        file.write('[1, "it s [l]')  # cut short by the end of the process
+        file.write('{"index": 1, "text": "it s {l}')  # cut short by the end of the process
     stop_at = None
-    resumed = evaluate_split(Interrupted(set()), **run, work_dir=tmp_path)
+    resumed = evaluate_split(Interrupted(set()), **run, kept=tmp_path / "generated-test.jsonl")
     assert asked == [["p0", "p1", "p2", "p3"], ["p0", "p1"]]
     assert resumed == evaluate_split(Echo(set()), **run)
 
