@@ -13,7 +13,8 @@ Tensors, by Hugging Face's module names:
     [<linear>.bias fp32 (N,)], [<linear>.input_norm.weight fp32 (K,)]
     <linear>.weight_scale fp32: (), (N,) one a row, or (N, G) one for each G-th of a row, K / G a multiple of 16 and the
     same in every layer of the file
-    <embedding>.scan, .next, .rest uint8, <embedding>.row_scale fp32 (V,), and for the output head's bounds, fp32 (V,):
+    <embedding>.scan, .next, .rest uint8, <embedding>.row_scale fp32 (V,), .column_scale and .mean fp32 (D,): row v is
+    mean + column_scale * row_scale[v] * w_int8[v]. For the output head's bounds, fp32 (V,):
     <embedding>.row_norm >= |w_int8|, .scan_error >= |(u & 7) - 3.5|, .next_error >= |(u & 3) - 1.5|, u = w_int8 + 128;
     <embedding> is model.embed_tokens, and lm_head unless it is tied
     <norm>.weight fp32        tokenizer.json, task.json uint8: their bytes (task.json: null, or the prompt and labels)
@@ -47,7 +48,7 @@ from bitdistill_core.engine.tensors import (
 from bitdistill_core.panels import LINE_BYTES, pack_base3, pack_int8_rows, pack_ternary
 
 FORMAT = "bitdistill"
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
 STREAMED = (".w_packed", ".w_base3", ".scan")  # names end so
 HASH_BLOCK_BYTES, HASH_THREADS = 1 << 16, 2
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
@@ -68,10 +69,12 @@ class TernaryLinear:
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """An embedding or output head to write: row v ~ row_scale[v] * w_int8[v], row_scale = absmax / 127."""
+    """An embedding or output head to write: row v ~ mean + column_scale * row_scale[v] * w_int8[v]."""
 
     w_int8: NDArray[np.int8]  # (V, D)
     row_scale: NDArray[np.float32]  # (V,)
+    column_scale: NDArray[np.float32] | None = None  # (D,); None: ones
+    mean: NDArray[np.float32] | None = None  # (D,); None: zeros
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,9 @@ def write_student(
         for part, codes in zip(("scan", "next", "rest"), pack_int8_rows(rows.w_int8), strict=True):
             tensors[f"{name}.{part}"] = codes
         tensors[f"{name}.row_scale"] = _float32(rows.row_scale)
+        size = rows.w_int8.shape[1]
+        tensors[f"{name}.column_scale"] = _float32(np.ones(size) if rows.column_scale is None else rows.column_scale)
+        tensors[f"{name}.mean"] = _float32(np.zeros(size) if rows.mean is None else rows.mean)
         tensors[f"{name}.row_norm"] = _norms(rows.w_int8, 0xFF, -128.0)
         tensors[f"{name}.scan_error"] = _norms(rows.w_int8, 0x07, -3.5)
         tensors[f"{name}.next_error"] = _norms(rows.w_int8, 0x03, -1.5)

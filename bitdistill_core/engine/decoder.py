@@ -193,6 +193,8 @@ def _rows(model: PackedModel, name: str) -> dict[str, Any]:
         "scan": model.tensors[f"{name}.scan"],
         "next": model.tensors[f"{name}.next"],
         "row_scale": model.tensors[f"{name}.row_scale"],
+        "column_scale": model.read(f"{name}.column_scale"),
+        "mean": model.read(f"{name}.mean"),
         "row_norm": model.tensors[f"{name}.row_norm"],
         "scan_error": model.tensors[f"{name}.scan_error"],
         "next_error": model.tensors[f"{name}.next_error"],

@@ -15,6 +15,7 @@ UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with three in five bits
 CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}  # by encoding, the end of the tensors' names
 ROW_NUMBERS = ("row_scale", "row_norm", "scan_error", "next_error")  # of an embedding, one a row
+COLUMN_NUMBERS = ("column_scale", "mean")  # one a column
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
@@ -56,10 +57,10 @@ def check_numbers(source: str, tensors: Mapping[str, np.ndarray]) -> None:
             raise ValueError(
                 f"a packed model holds finite numbers only; got NaN or infinity in tensor={name} ({source})"
             )
-        if name.endswith(ROW_NUMBERS) and tensor.min() < 0:
+        if name.endswith((*ROW_NUMBERS, "column_scale")) and tensor.min() < 0:
             raise ValueError(
-                f"scales and norms of rows are at least 0; got {tensor.min()} in tensor={name} ({source}); pack it "
-                "again"
+                f"scales and norms of an embedding are at least 0; got {tensor.min()} in tensor={name} ({source}); "
+                "pack it again"
             )
 
 
@@ -87,6 +88,8 @@ def _expected_tensors(config: EngineConfig, encoding: Encoding, block_size: int 
         expected[f"{name}.rest"] = UINT8, rest_shape(config.vocab_size, config.hidden_size)
         for scalars in ROW_NUMBERS:
             expected[f"{name}.{scalars}"] = FLOAT32, (config.vocab_size,)
+        for scalars in COLUMN_NUMBERS:
+            expected[f"{name}.{scalars}"] = FLOAT32, (config.hidden_size,)
     return expected
 
 

@@ -1,4 +1,4 @@
-"""Per-token absmax INT8 activations (BitDistill Eq. 3), and per-row INT8 for embeddings (packing)."""
+"""Per-token absmax INT8 activations (BitDistill Eq. 3)."""
 
 import torch
 from torch import Tensor
@@ -30,14 +30,3 @@ def fake_quantize_activation(x: Tensor) -> Tensor:
         absmax = x.float().abs().amax(dim=-1, keepdim=True).clamp_(min=ABSMAX_FLOOR)
         quantized = (x.float() * (127.0 / absmax)).round_().clamp_(-128, 127).mul_(absmax / 127.0).to(x.dtype)
     return straight_through(x, quantized)
-
-
-@torch.no_grad()
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 codes (V, D) and fp32 scales (V,) of an embedding: absmax of each row / 127.
-
-    Quantising `scales * codes` again gives the same codes.
-    """
-    absmax = weight.float().abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
-    scale = absmax / 127.0
-    return (weight.float() / scale).round_().clamp_(-127, 127).to(torch.int8), scale.squeeze(-1)

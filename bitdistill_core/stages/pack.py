@@ -23,7 +23,7 @@ from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.losses import head_logits
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
-from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.rows import quantize_rows
 from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 
@@ -165,8 +165,9 @@ def _int8(module: nn.Module) -> Int8Rows:
     weight = module.get_parameter("weight").detach()
     if not torch.isfinite(weight).all():
         raise ValueError("a packed model holds finite numbers only; got NaN or infinity in an embedding")
-    codes, scale = quantize_rows(weight)
-    return Int8Rows(codes.numpy(), scale.numpy())
+    rows = quantize_rows(weight)
+    parts = (rows.w_int8, rows.row_scale, rows.column_scale, rows.mean)
+    return Int8Rows(*(part.numpy() for part in parts))
 
 
 @torch.no_grad()

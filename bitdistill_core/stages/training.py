@@ -21,8 +21,8 @@ from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
 from bitdistill_core.data import ExampleBatches, leading_mark, load_examples
 from bitdistill_core.manifest import Metrics, Report
-from bitdistill_core.quantize.activation import quantize_rows
 from bitdistill_core.quantize.latent import latent_weight
+from bitdistill_core.quantize.rows import round_rows
 from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_task
 
@@ -207,8 +207,7 @@ def round_embeddings(model: PreTrainedModel) -> None:
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [module.get_parameter("weight") for module in modules]
     for weight in weights[:1] if weights[0] is weights[1] else weights:
-        codes, scale = quantize_rows(weight)
-        weight.copy_(codes.float() * scale[:, None])
+        weight.copy_(round_rows(weight))
 
 
 @torch.no_grad()

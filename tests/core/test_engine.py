@@ -66,9 +66,15 @@ def tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def quantize_rows(weight: torch.Tensor) -> Int8Rows:
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    return Int8Rows((weight / scale).round().to(torch.int8).numpy(), scale[:, 0].numpy())
+def round_rows(weight: torch.Tensor) -> Int8Rows:
+    """Rows of a grid with a mean and column scales, and `weight` rounded to it."""
+    mean = 0.02 * torch.randn(weight.shape[1])
+    column_scale = 2.0 ** torch.randint(-2, 3, (weight.shape[1],))
+    rows = (weight - mean) / column_scale
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
+    codes = (rows / scale).round()
+    weight.copy_(codes * scale * column_scale + mean)
+    return Int8Rows(codes.to(torch.int8).numpy(), scale[:, 0].numpy(), column_scale.numpy(), mean.numpy())
 
 
 @torch.no_grad()
@@ -120,9 +126,7 @@ def write_reference(
             norms[module_name] = module.weight.numpy()
     for module_name in ("model.embed_tokens", "lm_head"):
         if module_name == "model.embed_tokens" or not model.config.tie_word_embeddings:
-            weight = model.get_parameter(f"{module_name}.weight")
-            embeddings[module_name] = rows = quantize_rows(weight)
-            weight.copy_(torch.from_numpy(rows.w_int8.astype(np.float32) * rows.row_scale[:, None]))
+            embeddings[module_name] = round_rows(model.get_parameter(f"{module_name}.weight"))
     write_student(
         path,
         config=engine_config(hf_config, eos_token_ids=None if with_eos else []),
@@ -352,7 +356,7 @@ def test_info_counts_what_is_in_the_file(qwen3: tuple[Engine, nn.Module]) -> Non
     dense = sum(parameter.numel() for parameter in model.parameters())
     assert info["num_parameters"] == info["num_ternary_parameters"] + dense
     groups = -(-48 // 32)  # of 32 columns; 260 rows are 17 panels
-    assert info["bytes"]["embedding"] == 17 * groups * 320 + VOCAB_SIZE * (groups * 12 + 4 * 4)
+    assert info["bytes"]["embedding"] == 17 * groups * 320 + VOCAB_SIZE * (groups * 12 + 4 * 4) + 2 * 4 * 48
     assert info["bytes"]["lm_head"] == 0
     assert sum(info["bytes"].values()) < info["file_bytes"]
     assert (info["model_type"], info["num_layers"], info["num_threads"]) == ("qwen3", 3, 1)

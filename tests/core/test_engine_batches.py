@@ -102,16 +102,16 @@ def test_the_largest_logits_are_those_of_the_whole_head(pair: tuple[Engine, nn.M
         assert decoder.top(hidden, count) == [(int(token), float(logits[token])) for token in order]
 
 
-def head_of(path: Path, rows: np.ndarray, scale: np.ndarray) -> Engine:
-    """An engine whose output head has these rows."""
+def head_of(path: Path, rows: np.ndarray, scale: np.ndarray, *columns: np.ndarray) -> Engine:
+    """An engine whose output head has these rows; `columns`: their scales and mean."""
     arguments = student_arguments(vocab_size=len(rows), hidden_size=rows.shape[1], num_attention_heads=2, head_dim=32)
-    arguments["embeddings"] = {"model.embed_tokens": Int8Rows(rows, scale.astype(np.float32))}
+    arguments["embeddings"] = {"model.embed_tokens": Int8Rows(rows, scale.astype(np.float32), *columns)}
     arguments["tokenizer_json"] = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'
     write_student(path, **arguments)
     return Engine.load(path, num_threads=2)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "peaked", "equal", "hard"])
+@pytest.mark.parametrize("kind", ["gaussian", "peaked", "equal", "hard", "shifted"])
 def test_bounds_of_the_head_never_lose_the_largest(tmp_path: Path, kind: str) -> None:
     generator = np.random.default_rng(5)
     rows = np.clip(np.rint(generator.standard_normal((5003, 64)) * 38), -127, 127).astype(np.int8)
@@ -121,7 +121,11 @@ def test_bounds_of_the_head_never_lose_the_largest(tmp_path: Path, kind: str) ->
     if kind == "hard":  # rows that differ in the lower three bits only
         rows = ((rows[:1].astype(np.int16) & ~7) + generator.integers(0, 8, rows.shape) - 4).clip(-127, 127)
         rows, scale = rows.astype(np.int8), np.full(5003, 0.01)
-    engine = head_of(tmp_path / "m", rows, scale)
+    column_scale, mean = np.ones(64, np.float32), np.zeros(64, np.float32)
+    if kind == "shifted":  # a mean so large that float32 rounds most differences between logits away
+        column_scale = np.exp2(generator.integers(-3, 4, 64)).astype(np.float32)
+        mean = (1e4 * generator.standard_normal(64)).astype(np.float32)
+    engine = head_of(tmp_path / "m", rows, scale, column_scale, mean)
     parts = [engine.model.tensors[f"model.embed_tokens.{part}"] for part in ("scan", "next", "rest")]
     np.testing.assert_array_equal(unpack_int8_rows(*parts, 64), rows)
     num_refined = num_kept = 0
@@ -129,7 +133,8 @@ def test_bounds_of_the_head_never_lose_the_largest(tmp_path: Path, kind: str) ->
         hidden = generator.standard_normal((1, 64)).astype(np.float32)
         if kind == "peaked":
             hidden += 0.05 * rows[generator.integers(0, 5003)]
-        expected = (hidden.astype(np.float64) @ rows.astype(np.float64).T)[0] * scale.astype(np.float32)
+        weight = rows * scale.astype(np.float32).astype(np.float64)[:, None] * column_scale + mean
+        expected = weight @ hidden[0].astype(np.float64)
         logits = engine._decoder.logits(hidden)[0]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
         order = np.argsort(-logits, kind="stable")

@@ -1,5 +1,6 @@
 """Real students, packed: the file holds the weights of their forward pass and the engine repeats their logits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from bitdistill_core import checkpoint
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.panels import unpack_ternary
-from bitdistill_core.quantize.activation import quantize_rows
+from bitdistill_core.quantize.rows import QuantizedRows, quantize_rows, round_rows
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.stages import pack, surgery
 from bitdistill_core.stages.pack import pack_model
@@ -37,9 +38,7 @@ def student_of(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
     student = build(model_type)
     operate(student, subln="output", sub_norm_eps=1e-6, quantizer=quantizer)
     for embedding in {student.get_input_embeddings(), student.get_output_embeddings()}:
-        weight = embedding.weight.data
-        codes, scale = quantize_rows(weight)
-        weight.copy_(codes * scale[:, None])
+        embedding.weight.data.copy_(round_rows(embedding.weight.data))
     return student
 
 
@@ -71,9 +70,9 @@ def test_a_packed_model_far_from_its_student_is_refused(workshop: Workshop, monk
     finished = workshop.run(pack, section("pack"), inputs, "packed")
     assert finished.metrics["pack/logit_drift"] <= finished.metrics["pack/logit_drift_max"] < 0.1
 
-    def wrong_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = quantize_rows(weight)
-        return codes, scale * torch.linspace(0.5, 2.0, len(scale))
+    def wrong_rows(weight: Tensor) -> QuantizedRows:
+        rows = quantize_rows(weight)
+        return replace(rows, row_scale=rows.row_scale * torch.linspace(0.5, 2.0, len(weight)))
 
     monkeypatch.setattr(pack, "quantize_rows", wrong_rows)
     with pytest.raises(ValueError, match=r"drifts from the student: median relative logit error=\d"):

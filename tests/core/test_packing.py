@@ -61,7 +61,8 @@ def student_arguments(
         for name, layer in linear_layers(engine).items()
     }
     codes = generator.integers(-127, 128, (engine.vocab_size, engine.hidden_size)).astype(np.int8)
-    rows = Int8Rows(codes, np.full(engine.vocab_size, 0.01, np.float32))
+    scale, mean = (generator.random(engine.hidden_size, np.float32) for _ in range(2))
+    rows = Int8Rows(codes, np.full(engine.vocab_size, 0.01, np.float32), scale, mean)
     return {
         "config": config,
         "linears": linears,
@@ -189,6 +190,8 @@ def test_a_file_holds_exactly_what_was_written(tmp_path: Path, tied: bool, subln
     rows = arguments["embeddings"]["model.embed_tokens"]
     parts = [model.tensors[f"model.embed_tokens.{part}"] for part in ("scan", "next", "rest")]
     np.testing.assert_array_equal(unpack_int8_rows(*parts, rows.w_int8.shape[1]), rows.w_int8)
+    for name in ("row_scale", "column_scale", "mean"):
+        np.testing.assert_array_equal(model.tensors[f"model.embed_tokens.{name}"], getattr(rows, name))
     codes = rows.w_int8.astype(np.float64)
     row_norm = np.linalg.norm(codes, axis=1)
     errors = {part: np.linalg.norm((codes + 128) % n - (n - 1) / 2, axis=1) for part, n in (("scan", 8), ("next", 4))}
@@ -204,7 +207,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "4"
+        assert file.metadata()["format_version"] == "5"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -287,7 +290,7 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
     with_metadata(packed_file, format_version="1")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=4; got format_version=1"):
+    with pytest.raises(ValueError, match=r"this engine reads format_version=5; got format_version=1"):
         read_packed(packed_file)
 
 

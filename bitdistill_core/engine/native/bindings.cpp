@@ -260,6 +260,8 @@ class PackedModel {
     arrays_.push_back(from["next"]);
     rows.next = nb::cast<Array<const uint8_t, 3>>(from["next"]).data();
     rows.row_scale = floats(from["row_scale"]);
+    rows.column_scale = floats(from["column_scale"]);
+    rows.mean = floats(from["mean"]);
     rows.row_norm = floats(from["row_norm"]);
     rows.scan_error = floats(from["scan_error"]);
     rows.next_error = floats(from["next_error"]);

@@ -48,26 +48,46 @@ bool goes_before(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
+// x . row = row_scale * (x . w_int8) + shared, with the column scales in the x of the right side.
+struct Query {
+  std::vector<float> x;  // (padded_size)
+  float shared;          // what the mean adds to every logit
+
+  Query(const Int8Rows& rows, const float* hidden) : x(rows.padded_size()) {
+    double sum = 0;
+    for (int d = 0; d < rows.size; ++d) {
+      x[d] = hidden[d] * rows.column_scale[d];
+      sum += double(hidden[d]) * rows.mean[d];
+    }
+    shared = float(sum);
+  }
+};
+
 // x = scale * x_int8 + error, and what the bounds need of it.
 struct QuantizedQuery {
   std::vector<int8_t> x_int8;
   float scale;
   int32_t sum;
-  double norm_int8 = 0, norm_error = 0;  // of scale * x_int8, and of the error with the rounding of float32
+  double norm = 0, norm_int8 = 0, norm_error = 0;  // of x, of scale * x_int8, and of the error
+  double rounding;  // of float32: times the norm of a row, more than any value below is off by
+  double sum_x = 0;
 
   QuantizedQuery(const Kernels& kernels, const float* x, int size) : x_int8(size) {
     scale = kernels.quantize(x, size, x_int8.data(), &sum);
-    double squares = 0, errors = 0, norm = 0;
+    double squares = 0, errors = 0;
     for (int i = 0; i < size; ++i) {
       const double quantized = double(scale) * x_int8[i], error = x[i] - quantized;
       squares += quantized * quantized;
       errors += error * error;
       norm += double(x[i]) * x[i];
+      sum_x += x[i];
     }
+    norm = std::sqrt(norm) * (1 + 1e-6);
     norm_int8 = std::sqrt(squares) * (1 + 1e-6);
     // A float32 dot product of `size` terms in 16 or more sums is off by at most (size / 16 + 8) * 2^-24 * |x| . |w|;
     // the coarse values below, a few roundings, by less than 2^-21 of theirs.
-    norm_error = std::sqrt(errors) * (1 + 1e-6) + std::sqrt(norm) * ((size / 16 + 8) * 0x1p-24 + 0x1p-20);
+    rounding = norm * ((size / 16 + 8) * 0x1p-24 + 0x1p-20);
+    norm_error = std::sqrt(errors) * (1 + 1e-6) + rounding;
   }
 };
 
@@ -87,9 +107,10 @@ void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, in
   std::vector<float> scale(ids.size());
   read_rows(kernels, rows, ids, w_int8.data(), scale.data());
   for (int t = 0; t < num_x; ++t) {
+    const Query query(rows, x + t * stride);
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      const float value = kernels.dot(x + t * stride, w_int8.data() + i * rows.padded_size(), rows.padded_size());
-      logits[t * ids.size() + i] = value * scale[i];
+      const float value = kernels.dot(query.x.data(), w_int8.data() + i * rows.padded_size(), rows.padded_size());
+      logits[t * ids.size() + i] = value * scale[i] + query.shared;
     }
   }
 }
@@ -98,6 +119,8 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
                 float* logits) {
   std::atomic<bool> is_read{true};
   const int num_panels = rows.num_panels();
+  std::vector<Query> queries;
+  for (int t = 0; t < num_x; ++t) queries.emplace_back(rows, x + t * stride);
   team.run((num_panels + kSharePanels - 1) / kSharePanels, [&](int share, int) {
     std::vector<uint8_t> rest(kPanelRows * rows.rest_bytes());
     std::vector<int8_t> w_int8(rows.padded_size());
@@ -111,8 +134,8 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
         kernels.decode_row(rows.scan + panel * rows.panel_bytes(), r, rows.next + (first + r) * rows.next_bytes(),
                            rest.data() + r * rows.rest_bytes(), rows.num_groups(), w_int8.data());
         for (int t = 0; t < num_x; ++t) {
-          const float value = kernels.dot(x + t * stride, w_int8.data(), rows.padded_size());
-          logits[std::size_t(t) * rows.vocab_size + first + r] = value * rows.row_scale[first + r];
+          const float value = kernels.dot(queries[t].x.data(), w_int8.data(), rows.padded_size());
+          logits[std::size_t(t) * rows.vocab_size + first + r] = value * rows.row_scale[first + r] + queries[t].shared;
         }
       }
     }
@@ -120,12 +143,12 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
   require(is_read);
 }
 
-std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
-                                HeadStatistics* statistics) {
+std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* hidden,
+                                int count, HeadStatistics* statistics) {
   const int V = rows.vocab_size, num_panels = rows.num_panels();
   if (count > kMostWanted) {
     std::vector<float> logits(V);
-    all_logits(team, kernels, rows, x, 1, rows.padded_size(), logits.data());
+    all_logits(team, kernels, rows, hidden, 1, rows.padded_size(), logits.data());
     std::vector<Candidate> all(V);
     for (int v = 0; v < V; ++v) all[v] = {logits[v], v};
     std::partial_sort(all.begin(), all.begin() + std::min(count, V), all.end(), goes_before);
@@ -133,11 +156,13 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     if (statistics != nullptr) *statistics = {V, V};
     return all;
   }
+  const Query whole(rows, hidden);
+  const float* const x = whole.x.data();
   const QuantizedQuery query(kernels, x, rows.padded_size());
   const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
   // 1. The upper five bits of every row: the rows that look largest by them, and the most that a row of each panel can
   //    reach. q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice
-  //    that is an integer.
+  //    that is an integer. What the mean adds is the same for all rows, and left out.
   const uint32_t middle = uint32_t((7 - 256) * query.sum);  // the sum of the two fits int32, each alone may not
   const float half_scale = 0.5f * query.scale;
   const float per_error = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
@@ -190,25 +215,35 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   guesses.resize(num_kept);
 
   // 2. Those in float32: the count-th largest is a floor under the result.
-  std::atomic<bool> is_read{true};
+  std::atomic<bool> is_read{true}, is_finite{true};
   const auto exact = [&](int v, uint8_t* rest, int8_t* w_int8) {
     if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
     kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rows.next + v * rows.next_bytes(),
                        rest, rows.num_groups(), w_int8);
-    return kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v];
+    const float logit = kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v] + whole.shared;
+    if (!std::isfinite(logit)) is_finite = false;
+    return logit;
   };
   std::vector<uint8_t> rest(rows.rest_bytes());
   std::vector<int8_t> w_int8(rows.padded_size());
   for (Candidate& guess : guesses) guess.logit = exact(guess.id, rest.data(), w_int8.data());
+  if (!is_finite) return {};
   std::sort(guesses.begin(), guesses.end(), goes_before);
   const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
+  // What a row must reach without the mean: less than the difference, by more than its rounding.
+  const float least = std::isinf(floor) ? floor
+                                        : floor - whole.shared - 0x1p-21f * (std::abs(floor) + std::abs(whole.shared));
   std::vector<int> guessed;  // in order of their ids
   for (const Candidate& guess : guesses) guessed.push_back(guess.id);
   std::sort(guessed.begin(), guessed.end());
 
-  // 3. Every other row that may reach the floor: its next bit, and if it still may, float32. q . w = 4 q . (u >> 2) +
-  //    q . (u & 3) - 128 sum q, with 1.5 for the lowest two bits. Twice that is an integer.
+  // 3. Every other row that may reach the floor: its next bit. q . w = 4 q . (u >> 2) + q . (u & 3) - 128 sum q, with 1.5
+  //    for the lowest two bits. Twice that is an integer. If it still may, the same with x in the place of a q, and if
+  //    it still may, float32.
   const uint32_t next_middle = uint32_t((3 - 256) * query.sum);
+  const std::vector<uint8_t> no_rest(rows.rest_bytes());
+  const float middle_x = float(1.5 * query.sum_x), per_next_error = float(query.norm * (1 + 1e-6));
+  const float middle_norm = 1.5f * std::sqrt(float(rows.padded_size()));  // of the vector of middles
   std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
   team.run(num_shares, [&](int share, int) {
     found[share].clear();
@@ -217,11 +252,11 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     std::vector<int> candidates;  // found before the first is refined: their bytes come from memory meanwhile
     float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
-      if (panel_bound[panel] < floor) continue;
+      if (panel_bound[panel] < least) continue;
       coarse(panel, values, bounds);
       for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
         const int v = panel * kPanelRows + r;
-        if (bounds[r] < floor || std::binary_search(guessed.begin(), guessed.end(), v)) continue;
+        if (bounds[r] < least || std::binary_search(guessed.begin(), guessed.end(), v)) continue;
         candidates.push_back(v);
         const uint8_t* const next = rows.next + candidates.back() * rows.next_bytes();
         for (std::size_t line = 0; line < rows.next_bytes(); line += kLineBytes) __builtin_prefetch(next + line);
@@ -233,7 +268,13 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
       const int32_t bit_sum = kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
       const int32_t twice = int32_t(16 * uint32_t(sums[v]) + 8 * uint32_t(bit_sum) + next_middle);
       const float scale = rows.row_scale[v], value = half_scale * float(twice) * scale;
-      if (value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < floor) continue;
+      if (value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < least) continue;
+      kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, next, no_rest.data(),
+                         rows.num_groups(), w_int8.data());
+      const float most = kernels.dot(x, w_int8.data(), rows.padded_size()) + middle_x +
+                         per_next_error * rows.next_error[v] +
+                         float(query.rounding) * (2 * rows.row_norm[v] + rows.next_error[v] + middle_norm);
+      if (most * scale < least) continue;
       ++computed;
       const float logit = exact(v, rest.data(), w_int8.data());
       if (logit >= floor) found[share].push_back({logit, v});
@@ -242,6 +283,7 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     num_exact += computed;
   });
   require(is_read);
+  if (!is_finite) return {};
   std::vector<Candidate> result;
   for (const Candidate& guess : guesses) {
     if (guess.logit >= floor) result.push_back(guess);

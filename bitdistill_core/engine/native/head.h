@@ -7,13 +7,16 @@
 
 namespace bitdistill {
 
-// Row v ~ row_scale[v] * w_int8[v], in the layout of layout.h; u = w_int8 + 128. Arrays are mapped memory. `rest`, and
-// single rows with their scale, are read from the file, so that they never count as memory of the process.
+// Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layout of layout.h; u = w_int8 + 128. Arrays of rows are
+// mapped memory. `rest`, and single rows with their scale, are read from the file, so that they never count as memory of
+// the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const uint8_t* next = nullptr;
   const float* row_scale = nullptr;
-  const float* row_norm = nullptr;   // ||w_int8[v]||
+  const float* column_scale = nullptr;  // (size)
+  const float* mean = nullptr;          // (size)
+  const float* row_norm = nullptr;    // ||w_int8[v]||
   const float* scan_error = nullptr;  // ||(u & 7) - 3.5||, what `scan` leaves out
   const float* next_error = nullptr;  // ||(u & 3) - 1.5||, what `scan` and `next` leave out
   int file = -1;
@@ -42,7 +45,7 @@ struct HeadStatistics {
 // w_int8 (num_ids, padded_size) and row_scale (num_ids) of some rows, from the file.
 void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8, float* scale);
 
-// logits[i] = row_scale * x . w_int8 of the rows `ids`.
+// logits[i] = x . row of the rows `ids`.
 void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
                 const std::vector<int>& ids, float* logits);
 
@@ -50,11 +53,13 @@ void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, in
 void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
                 float* logits);
 
-// The `count` largest logits of x, exactly as all_logits has them, largest first, ties by the lowest id.
+// The `count` largest logits of x, exactly as all_logits has them, largest first, ties by the lowest id; none where a
+// logit that it computes is not finite.
 //
-// x = a q + e with q INT8. The upper five bits of all rows give q . w to within the Cauchy-Schwarz bound of what they
-// leave out; rows that may still be among the largest get their next bit, which halves the bound; the few that remain
-// are read whole and computed in float32. The bounds are proven, so the result never depends on luck.
+// x times the column scales = a q + e with q INT8. The upper five bits of all rows give q . w to within the Cauchy-Schwarz
+// bound of what they leave out; rows that may still be among the largest get their next bit, which halves the bound, and
+// then lose the error of q as well; the few that remain are read whole and computed in float32. The bounds are proven, so
+// the result never depends on luck.
 std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
                                 HeadStatistics* statistics);
 

@@ -145,7 +145,10 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
         if (id[0] != previous) read_rows(kernels, embedding_, id, w_int8.data(), &scale);
         previous = id[0];
         float* row = x + std::size_t(token) * hidden_stride;
-        for (int d = 0; d < hidden_stride; ++d) row[d] = float(w_int8[d]) * scale;
+        for (int d = 0; d < config.hidden_size; ++d) {
+          row[d] = float(w_int8[d]) * scale * embedding_.column_scale[d] + embedding_.mean[d];
+        }
+        std::fill(row + config.hidden_size, row + hidden_stride, 0.0f);
         if (config.embedding_multiplier != 1.0f) {
           for (int d = 0; d < hidden_stride; ++d) row[d] *= config.embedding_multiplier;
         }
