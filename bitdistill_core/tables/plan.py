@@ -17,7 +17,7 @@ from bitdistill_core.params import merged, read_yaml, validated
 
 GROUPS = (
     *("table1", "table2", "table3", "table4", "table5", "table6", "figure3b", "figure3c"),  # the paper's
-    *("data", "tasks", "options"),
+    *("data", "recovery", "tasks", "options"),
 )
 NO_SCALE = {"methods", "dvc"}  # files beside those of the scales
 

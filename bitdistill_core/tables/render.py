@@ -32,6 +32,7 @@ TITLES = {
     "figure3b": "Figure 3b: the distilled layer",
     "figure3c": "Figure 3c: the size of the teacher",
     "data": "More training sentences",
+    "recovery": "The best student, by seed",
     "tasks": "Another task",
     "options": "Options beyond the paper's tables",
 }
