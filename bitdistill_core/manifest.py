@@ -83,7 +83,7 @@ def execute(
     work_root: Path,
     sources: Sequence[Path] = (),
     reads_metrics: bool = False,
-    measures: Mapping[str, Any] | None = None,
+    depends_on: Mapping[str, Any] | None = None,
     report: Report = discard,
     **context: Any,
 ) -> Result:
@@ -96,7 +96,7 @@ def execute(
         directory: where the result appears; work_root: where the stage works until then.
         sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
         reads_metrics: the inputs' metrics, configuration and times count too, not only what they wrote.
-        measures: what of the machine makes another result (the threads of a benchmark).
+        depends_on: what else makes another result (the threads of a benchmark, the format of a packed file).
         context: passed on; no part of the fingerprint (device, threads).
     """
     outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
@@ -106,7 +106,7 @@ def execute(
         "inputs": digest_inputs(type(inputs), outputs_of, reads_metrics=reads_metrics),
         "version": __version__,
         "sources": [[path.name, digest_file(path)] for path in sources],
-        **({"measures": dict(measures)} if measures else {}),
+        **({"depends_on": dict(depends_on)} if depends_on else {}),
     }
     fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
     with _locked(work_root), _full_disk_named(stage, work_root):

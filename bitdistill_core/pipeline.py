@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from bitdistill_core.config import Params
 from bitdistill_core.data import encode_answer
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.manifest import Report, Result, discard, execute
+from bitdistill_core.packing import FORMAT_VERSION
 from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import (
@@ -110,6 +112,13 @@ def find_node(name: str) -> Node:
     raise ValueError(f"unknown stage={name}; the stages are {', '.join(node.name for node in NODES)}")
 
 
+def _depends_on(node: Node) -> dict[str, Any]:
+    """What else than parameters, inputs and version makes another result of a stage."""
+    if node.stage is pack:
+        return {"format_version": FORMAT_VERSION}
+    return {"num_threads": torch.get_num_threads()} if node.stage is benchmark else {}
+
+
 def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = discard) -> Result:
     """Runs one stage of a run, or finds it up to date. Its inputs must be finished."""
     by_name = {other.name: other for other in NODES}
@@ -127,7 +136,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         work_root=run_dir / ".work" / node.name,
         sources=sources,
         reads_metrics=node.reads_metrics,
-        measures={"num_threads": torch.get_num_threads()} if node.stage is benchmark else None,
+        depends_on=_depends_on(node),
         report=report,
         device=device,
     )

@@ -6,7 +6,7 @@ and giving such columns larger steps halves the error (measured: docs/LOG.md), a
 scans the upper bits of every row, excludes far more rows by them.
 
 The mean is a multiple of a power of two and column scales are powers of two, both so coarse that rounded rows have the
-same ones: a student with rounded embeddings and its packed file hold the same numbers.
+same ones: a student with rounded embeddings and its packed file hold the same codes, and the same numbers to float32.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,17 @@ def quantize_rows(weight: Tensor) -> QuantizedRows:
 
 @torch.no_grad()
 def round_rows(weight: Tensor) -> Tensor:
-    """(V, D) fp32, `weight` rounded so that quantising it again gives the same codes, mean and column scales."""
+    """(V, D) fp32, `weight` rounded so that quantising it again gives the same codes, mean and column scales.
+
+    Two or three rows may never settle; then the last try is returned.
+    """
     rows = quantize_rows(weight)
     for _ in range(MAX_ROUNDS):
         rounded = rows.dequantize()
         again = quantize_rows(rounded)
         if torch.equal(again.mean, rows.mean) and torch.equal(again.column_scale, rows.column_scale):
             break
-        # Rounding moved the mean or deviation of a column over an edge: move it on, by less than weights are rounded.
+        # Rounding moved the mean or deviation of a column over an edge: move it on, by about what weights are rounded.
         spread = (again.column_scale / rows.column_scale) ** (1 / 64)
         rows = quantize_rows((rounded - rows.mean) * spread + rows.mean + (again.mean - rows.mean) / 16)
     return rounded

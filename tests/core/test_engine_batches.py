@@ -230,3 +230,11 @@ def test_embeddings_are_the_final_hidden_states(pair: tuple[Engine, nn.Module]) 
             hidden = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0].numpy()
         assert relative_error(last[row], hidden[-1]) < 0.05
         assert relative_error(mean[row], hidden.mean(axis=0)) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_logit_that_overflows_is_refused(tmp_path: Path, count: int) -> None:
+    engine = head_of(tmp_path / "m", np.full((400, 64), 127, np.int8), np.ones(400))
+    hidden = np.full((1, 64), 3e36, np.float32)
+    with pytest.raises(ValueError, match=r"NaN or infinit"):
+        engine._decoder.top(hidden, count)

@@ -124,7 +124,7 @@ def test_a_changed_source_file_makes_the_stage_stale(tmp_path: Path) -> None:
 def test_a_measurement_of_another_machine_is_made_again(tmp_path: Path) -> None:
     stage = Stage()
     for threads, is_there in ((1, False), (1, True), (2, False), (2, True)):
-        assert run(stage, tmp_path, measures={"num_threads": threads}).was_up_to_date == is_there
+        assert run(stage, tmp_path, depends_on={"num_threads": threads}).was_up_to_date == is_there
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bitdistill_core import pipeline
 from bitdistill_core.config import Params
 from bitdistill_core.params import load_params
-from bitdistill_core.pipeline import require_fit
+from bitdistill_core.pipeline import find_node, require_fit, run_node
 from tests.conftest import ROOT
 
 
@@ -73,3 +74,14 @@ def test_what_cannot_be_packed_or_ended_is_refused_before_training(
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
     with pytest.raises(ValueError, match="the tokenizer's eos_token is None; set it in"):
         require_fit(params, base)
+
+
+def test_a_new_packed_format_packs_again_and_trains_nothing(
+    finished_run: Path, tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    assert run_node(find_node("pack@bitdistill"), tiny_params, run_dir).was_up_to_date
+    monkeypatch.setattr(pipeline, "FORMAT_VERSION", "999")
+    assert run_node(find_node("distill"), tiny_params, run_dir).was_up_to_date
+    assert not run_node(find_node("pack@bitdistill"), tiny_params, run_dir).was_up_to_date

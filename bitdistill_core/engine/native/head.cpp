@@ -15,6 +15,8 @@ namespace {
 constexpr int kFirstGuesses = 16;
 // Beyond this many wanted rows the bounds save nothing.
 constexpr int kMostWanted = 256;
+// Nor beyond this norm of a hidden state, where float32 may overflow.
+constexpr double kLargestNorm = 1e30;
 // Panels of one share of a step.
 constexpr int kSharePanels = 64;
 
@@ -146,9 +148,13 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
 std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* hidden,
                                 int count, HeadStatistics* statistics) {
   const int V = rows.vocab_size, num_panels = rows.num_panels();
-  if (count > kMostWanted) {
+  const Query whole(rows, hidden);
+  const float* const x = whole.x.data();
+  const QuantizedQuery query(kernels, x, rows.padded_size());
+  if (count > kMostWanted || !(query.norm < kLargestNorm)) {
     std::vector<float> logits(V);
     all_logits(team, kernels, rows, hidden, 1, rows.padded_size(), logits.data());
+    if (!std::all_of(logits.begin(), logits.end(), [](float logit) { return std::isfinite(logit); })) return {};
     std::vector<Candidate> all(V);
     for (int v = 0; v < V; ++v) all[v] = {logits[v], v};
     std::partial_sort(all.begin(), all.begin() + std::min(count, V), all.end(), goes_before);
@@ -156,9 +162,6 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     if (statistics != nullptr) *statistics = {V, V};
     return all;
   }
-  const Query whole(rows, hidden);
-  const float* const x = whole.x.data();
-  const QuantizedQuery query(kernels, x, rows.padded_size());
   const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
   // 1. The upper five bits of every row: the rows that look largest by them, and the most that a row of each panel can
   //    reach. q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice

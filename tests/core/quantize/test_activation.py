@@ -1,4 +1,4 @@
-"""INT8 activations against BitDistill Eq. 3, and INT8 rows of embeddings."""
+"""INT8 activations against BitDistill Eq. 3."""
 
 import torch
 
