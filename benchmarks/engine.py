@@ -25,6 +25,7 @@ from tqdm import tqdm
 from benchmarks import shapes
 from benchmarks.worker import CEILING_KERNEL, GEMM_SHAPES, Worker, gemm_metric
 from bitdistill_core.engine.kernels import available_kernels, resolve_kernel
+from bitdistill_core.packing import FORMAT_VERSION
 
 ENGINE, KERNELS = "engine", "kernels"
 PEERS = {"torch": "torch", "llamacpp": "llama_cpp"}  # name to module
@@ -228,6 +229,7 @@ def run(name: str, *, peers: Sequence[str], num_rounds: int, num_threads: int, c
         _say(line)
     _say(f"models in {shapes.folder(cache_dir, name)}; the first time they are written, which takes minutes")
     surroundings = environment(num_threads)
+    surroundings["packed_format"] = FORMAT_VERSION
     surroundings["code_bits"] = shapes.code_bits(name, surroundings["kernel"])
     found = configurations(name, installed, cache_dir, num_threads)
     files = {configuration.name: Path(configuration.source) for configuration in found if configuration.is_file}

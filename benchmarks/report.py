@@ -26,6 +26,7 @@ from benchmarks import shapes
 from benchmarks.engine import ALL_TESTS, DECODE, ENGINE, KERNELS, MIB, PREFILL_512, QUIET_SHARE, ratios
 from benchmarks.worker import GEMM_TOKENS
 from bitdistill_core.engine.config import linear_layers
+from bitdistill_core.packing import FORMAT_VERSION
 from bitdistill_core.report.plots import BLUE, GREEN, INK, STYLE, VERMILION
 
 Result = Mapping[str, Any]  # the JSON file of one shape
@@ -110,8 +111,11 @@ def _environment(result: Result) -> str:
         f"{versions}. {result['rounds']} rounds; {sum(share > QUIET_SHARE for share in shares)} of {len(shares)} "
         f"samples disturbed (other processes took more than {QUIET_SHARE:.0%} of the cores meanwhile)."
     )
-    if "code_bits" not in facts:
-        text += " An earlier engine: packed format 3, two bits a weight, the head's lower bits read from the file."
+    packed_format = facts.get("packed_format", "4" if "code_bits" in facts else "3")
+    if packed_format != FORMAT_VERSION:
+        text += f" An earlier engine, with packed format {packed_format}."
+    if packed_format == "3":
+        text += " Two bits a weight, the head's lower bits read from the file."
     if flags := re.findall(r"(\w+) = 1", facts.get("llamacpp_build", "")):
         text += f" llama.cpp was compiled with {', '.join(flags)}."
     return textwrap.fill(" ".join([text, *(f"Left out: {line}." for line in result["skipped"])]), 120)
