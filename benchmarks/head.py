@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.engine import environment
 from bitdistill_core.checkpoint import load_pretrained
 from bitdistill_core.engine.model import Engine
+from bitdistill_core.panels import GROUP_K
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.stages.pack import pack_model
 from bitdistill_core.stages.training import round_embeddings
@@ -49,7 +50,7 @@ def run(checkpoint: str, text: str, *, num_tokens: int, num_rounds: int, num_thr
         path = Path(directory, "model.bitdistill")
         pack_model(model, tokenizer.backend_tokenizer.to_str().encode(), path, task={}, encoding="base3")
         decoder = Engine.load(path, num_threads=num_threads)._decoder
-    states = np.zeros((len(hidden), -(-hidden.shape[1] // 32) * 32), np.float32)
+    states = np.zeros((len(hidden), -(-hidden.shape[1] // GROUP_K) * GROUP_K), np.float32)
     states[:, : hidden.shape[1]] = hidden
     rows = [states[i : i + 1] for i in range(len(states))]
     counts = np.array([decoder.top_statistics(row, 1) for row in rows])

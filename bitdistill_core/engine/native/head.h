@@ -16,7 +16,7 @@ struct Int8Rows {
   const float* row_scale = nullptr;
   const float* column_scale = nullptr;  // (size)
   const float* mean = nullptr;          // (size)
-  const float* row_norm = nullptr;    // ||w_int8[v]||
+  const float* row_norm = nullptr;      // ||w_int8[v]||
   const float* scan_error = nullptr;  // ||(u & 7) - 3.5||, what `scan` leaves out
   const float* next_error = nullptr;  // ||(u & 3) - 1.5||, what `scan` and `next` leave out
   int file = -1;
