@@ -25,7 +25,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
     const int stop = line + kGemvFlushLines < num_lines ? line + kGemvFlushLines : num_lines;
     __m256i low1 = _mm256_setzero_si256(), high1 = low1, low4 = low1, high4 = low1;
     for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + 1024), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes), _MM_HINT_T0);
       const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
       const __m256i a2 = _mm256_srli_epi16(a, 4), b2 = _mm256_srli_epi16(b, 4);
       const __m256i x0 = broadcast_four(x), x1 = broadcast_four(x + 4);
@@ -109,7 +109,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
   __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int group = 0; group < num_groups; ++group, scan += kScanGroupBytes, x += kGroupK) {
     for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(scan + 1280 + prefetch), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(scan + kPrefetchBytes + prefetch), _MM_HINT_T0);
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {

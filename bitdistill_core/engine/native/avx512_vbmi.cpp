@@ -11,51 +11,53 @@ typedef int32_t Int16x32 __attribute__((vector_size(64)));
 
 __attribute__((always_inline)) inline __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
-// Code `place` of the values 0 to 31, twice: vpermb looks at six bits of a byte, and the sixth may be anything.
-template <int power>
-__m512i code_table() {
-  alignas(64) uint8_t table[64];
-  for (int i = 0; i < 64; ++i) table[i] = uint8_t(i % 32 / power % 3);
-  return load_bytes(table);
-}
+// Three codes of each five-bit value, for vpermb, which looks at six bits of a byte: the lower four and, as the fifth,
+// bit `fifth` (4 or 5); the other one may be anything. So one shift brings the fifth bits of two values in place.
+struct CodeTables {
+  uint8_t codes[2][3][64];  // of `fifth` 4 and 5
+};
+
+alignas(64) constexpr CodeTables kCodes = [] {
+  CodeTables tables{};
+  for (int odd = 0; odd < 2; ++odd) {
+    for (int place = 0, power = 1; place < 3; ++place, power *= 3) {
+      for (int i = 0; i < 64; ++i) tables.codes[odd][place][i] = uint8_t((i % 16 + (i >> (4 + odd) & 1) * 16) / power % 3);
+    }
+  }
+  return tables;
+}();
 
 // Calls take(step, codes) for the 24 steps of a group. Values 28 to 31 give codes too, whatever they are.
 template <class Take>
-__attribute__((always_inline)) inline void for_steps(const uint8_t* group, __m512i first, __m512i second, __m512i third,
-                                                     Take&& take) {
+__attribute__((always_inline)) inline void for_steps(const uint8_t* group, Take&& take) {
   const __m512i bits = load_bytes(group + 4 * kLineBytes);
-  const auto value = [&](int i, __m512i nibbles, __m512i bits_at_4) {
+  const auto value = [&](int i, __m512i nibbles, __m512i fifths) {
     // the lower four bits of one, the others of the other
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, bits_at_4, 0xca);
-    take(3 * i, _mm512_permutexvar_epi8(index, first));
-    take(3 * i + 1, _mm512_permutexvar_epi8(index, second));
-    take(3 * i + 2, _mm512_permutexvar_epi8(index, third));
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, fifths, 0xca);
+    const auto& tables = kCodes.codes[i % 2];
+    for (int place = 0; place < 3; ++place) take(3 * i + place, _mm512_permutexvar_epi8(index, load_bytes(tables[place])));
   };
-  __m512i nibbles = load_bytes(group);
-  value(0, nibbles, _mm512_slli_epi16(bits, 4));
-  value(1, _mm512_srli_epi16(nibbles, 4), _mm512_slli_epi16(bits, 3));
-  nibbles = load_bytes(group + kLineBytes);
-  value(2, nibbles, _mm512_slli_epi16(bits, 2));
-  value(3, _mm512_srli_epi16(nibbles, 4), _mm512_slli_epi16(bits, 1));
-  nibbles = load_bytes(group + 2 * kLineBytes);
-  value(4, nibbles, bits);
-  value(5, _mm512_srli_epi16(nibbles, 4), _mm512_srli_epi16(bits, 1));
-  nibbles = load_bytes(group + 3 * kLineBytes);
-  value(6, nibbles, _mm512_srli_epi16(bits, 2));
-  value(7, _mm512_srli_epi16(nibbles, 4), _mm512_srli_epi16(bits, 3));
+  const auto line = [&](int i, __m512i fifths) {
+    const __m512i nibbles = load_bytes(group + i * kLineBytes);
+    value(2 * i, nibbles, fifths);
+    value(2 * i + 1, _mm512_srli_epi16(nibbles, 4), fifths);
+  };
+  line(0, _mm512_slli_epi16(bits, 4));
+  line(1, _mm512_slli_epi16(bits, 2));
+  line(2, bits);
+  line(3, _mm512_srli_epi16(bits, 2));
 }
 
 }  // namespace
 
 // |sum of code * x| fits int32 (kMaxK). Six sums, to hide the latency of vpdpbusd.
 void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
-  const __m512i first = code_table<1>(), second = code_table<3>(), third = code_table<9>();
   Int16x32 partial[6] = {};
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, x += kBase3K) {
     for (int line = 0; line < kBase3Bytes; line += kLineBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(groups + 1024 + line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(groups + kPrefetchBytes + line), _MM_HINT_T0);
     }
-    for_steps(groups, first, second, third, [&](int step, __m512i codes) {
+    for_steps(groups, [&](int step, __m512i codes) {
       int32_t four;
       __builtin_memcpy(&four, x + 4 * step, sizeof four);
       Int16x32& sum = partial[step % 6];
@@ -67,10 +69,8 @@ void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t*
 }
 
 void avx512_vbmi_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {
-  const __m512i first = code_table<1>(), second = code_table<3>(), third = code_table<9>();
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, codes += kBase3K * kPanelRows) {
-    for_steps(groups, first, second, third,
-              [&](int step, __m512i vector) { _mm512_store_si512(codes + step * kLineBytes, vector); });
+    for_steps(groups, [&](int step, __m512i vector) { _mm512_store_si512(codes + step * kLineBytes, vector); });
   }
 }
 

@@ -29,7 +29,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
     const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
     Int8x32 low[4] = {}, high[4] = {};
     for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + 1024), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes), _MM_HINT_T0);
       const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
 #pragma GCC unroll 4
       for (int plane = 0; plane < 4; ++plane) {
@@ -89,7 +89,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
     ScanSums low = {}, high = {};
     for (; group < stop; ++group, scan += kScanGroupBytes, x += kGroupK) {
       for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(scan + 1280 + prefetch), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(scan + kPrefetchBytes + prefetch), _MM_HINT_T0);
       }
       __m256i bits_low = load_bytes(scan + 4 * kLineBytes), bits_high = load_bytes(scan + 4 * kLineBytes + 32);
 #pragma GCC unroll 4

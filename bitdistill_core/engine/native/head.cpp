@@ -195,6 +195,8 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     std::vector<Candidate>& best = found[share];  // a heap, smallest first
     float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
+      // what the bounds need comes from memory while the panel is multiplied
+      for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) __builtin_prefetch(row + panel * kPanelRows);
       kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
                          sums.data() + std::size_t(panel) * kPanelRows);
       coarse(panel, values, bounds);
