@@ -53,9 +53,9 @@ def run_plan(
 
     Args:
         store: stages and checkpoints; results: result files, below cells/.
-        cells: run only these; checkpoints that other cells of the groups need stay.
+        cells: run only these. A cell that no group names keeps its checkpoints, for the next one.
         budget_minutes: stop after so long, at a training checkpoint; the same call goes on from there. None: no limit.
-        keep_checkpoints: keep models that no further cell needs.
+        keep_checkpoints: keep models that no cell of the plan needs any more.
         run: what runs a cell; a flow gives each to a task of its own.
         on_result: called for every cell that was run.
     Raises:
@@ -68,11 +68,11 @@ def run_plan(
         if deadline is not None and step > 0 and time.monotonic() > deadline:
             raise OutOfTime
 
-    planned = plan.cells(groups)
-    cells = planned if cells is None else cells
+    planned = plan.cells()
+    cells = plan.cells(groups) if cells is None else cells
     found = survey(plan, cells, results, data_root=data_root)
     pending, outcome = found.left, Outcome(found.finished)
-    needing = found.left if cells is planned else survey(plan, planned, results, data_root=data_root).left
+    needing = survey(plan, planned, results, data_root=data_root).left
     for number, cell in enumerate(pending):
         place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
         tell(place)
@@ -93,7 +93,7 @@ def run_plan(
         tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
         if on_result is not None:
             on_result(cell, result)
-        if not keep_checkpoints:
+        if cell in planned and not keep_checkpoints:
             # a cell that failed needs its checkpoints again, when its cause is mended
             discard_checkpoints(plan, store, [cell], [other for other in needing if other not in outcome.finished])
     return outcome

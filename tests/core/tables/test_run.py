@@ -220,6 +220,16 @@ def test_discarded_checkpoints_leave_finished_cells_finished(make_plan: Callable
     assert folder.told == []
 
 
+def test_a_cell_leaves_what_other_groups_or_no_group_need(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    others = {"table1": group("fp16_sft")["table1"], "table6": group("ptq")["table1"]}
+    folder = Folder(tmp_path)
+    folder.run(make_plan(groups=others), groups=["table1"])
+    assert folder.stages() == {"data", "base", "teacher"}  # of the cell in table6
+    alone = make_plan(groups={"table1": others["table1"]})
+    folder.run(alone, cells=[PTQ])  # in no group
+    assert folder.stages() == {"data", "base", "teacher", "surgery"}
+
+
 def test_groups_are_run_alone(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     table1, table6 = group("fp16_sft")["table1"], group("ptq")["table1"]
     plan, folder = make_plan(groups={"table1": table1, "table6": table6}), Folder(tmp_path)
