@@ -27,8 +27,8 @@ LIBRARIES = {
     "llamacpp": ["llama_cpp"],
     "torch": ["torch", "transformers"],
 }
-# Before each timed task, whose first one is run twice. Decoding always is: a head reads other rows with every token, and
-# a system that reclaims what lay idle has dropped them from memory since the last round.
+# Before each timed task, whose first one is run twice. Decoding always is: a head reads other rows with every token,
+# and a system that reclaims what lay idle has dropped them from memory since the last round.
 WARM_UP_TOKENS = {"prefill": 32, "classify": 4}
 CEILING_KERNEL, CEILING_SECONDS = "avx2", 0.5
 KERNEL_PASSES = 3
