@@ -72,7 +72,8 @@ def run_plan(
     cells = plan.cells(groups) if cells is None else cells
     found = survey(plan, cells, results, data_root=data_root)
     pending, outcome = found.left, Outcome(found.finished)
-    needing = survey(plan, planned, results, data_root=data_root).left
+    others = [cell for cell in planned if cell not in cells]
+    needing = found.left + survey(plan, others, results, data_root=data_root).left
     for number, cell in enumerate(pending):
         place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
         tell(place)
