@@ -25,7 +25,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
     const int stop = line + kGemvFlushLines < num_lines ? line + kGemvFlushLines : num_lines;
     __m256i low1 = _mm256_setzero_si256(), high1 = low1, low4 = low1, high4 = low1;
     for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes), _MM_HINT_T0);
+      prefetch_ahead(lines, kLineBytes);
       const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
       const __m256i a2 = _mm256_srli_epi16(a, 4), b2 = _mm256_srli_epi16(b, 4);
       const __m256i x0 = broadcast_four(x), x1 = broadcast_four(x + 4);
@@ -108,9 +108,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
   const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(0x1e), bit = _mm256_set1_epi8(1);
   __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int group = 0; group < num_groups; ++group, scan += kScanGroupBytes, x += kGroupK) {
-    for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(scan + kPrefetchBytes + prefetch), _MM_HINT_T0);
-    }
+    prefetch_ahead(scan, kScanGroupBytes);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m256i bits = load_bytes(scan + 4 * kLineBytes + 32 * half);

@@ -11,10 +11,10 @@ typedef int32_t Int16x32 __attribute__((vector_size(64)));
 
 __attribute__((always_inline)) inline __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
-// Three codes of each five-bit value, for vpermb, which looks at six bits of a byte: the lower four and, as the fifth,
-// bit `fifth` (4 or 5); the other one may be anything. So one shift brings the fifth bits of two values in place.
+// The three codes of a five-bit value, for vpermb, which looks at six bits of a byte: the lower four and, as the fifth,
+// bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
 struct CodeTables {
-  uint8_t codes[2][3][64];  // of `fifth` 4 and 5
+  uint8_t codes[2][3][64];
 };
 
 alignas(64) constexpr CodeTables kCodes = [] {
@@ -54,9 +54,7 @@ __attribute__((always_inline)) inline void for_steps(const uint8_t* group, Take&
 void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
   Int16x32 partial[6] = {};
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, x += kBase3K) {
-    for (int line = 0; line < kBase3Bytes; line += kLineBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(groups + kPrefetchBytes + line), _MM_HINT_T0);
-    }
+    prefetch_ahead(groups, kBase3Bytes);
     for_steps(groups, [&](int step, __m512i codes) {
       int32_t four;
       __builtin_memcpy(&four, x + 4 * step, sizeof four);

@@ -52,8 +52,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
     const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
     Int16x32 even[4] = {}, odd[4] = {};
     for (; line + 2 <= stop; line += 2, lines += 2 * kLineBytes, x += 2 * kLineK) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes + kLineBytes), _MM_HINT_T0);
+      prefetch_ahead(lines, 2 * kLineBytes);
       gemv_line(even, lines, x);
       gemv_line(odd, lines + kLineBytes, x + kLineK);
     }
@@ -131,9 +130,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
     const int stop = num_groups - group > kScanBlockGroups ? group + kScanBlockGroups : num_groups;
     ScanSums block = {};
     for (; group < stop; ++group, scan += kScanGroupBytes, x += kGroupK) {
-      for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(scan + kPrefetchBytes + prefetch), _MM_HINT_T0);
-      }
+      prefetch_ahead(scan, kScanGroupBytes);
       const __m512i bits = load_bytes(scan + 4 * kLineBytes);
       scan_line(block, load_bytes(scan), bits, x);
       scan_line(block, load_bytes(scan + kLineBytes), _mm512_srli_epi16(bits, 2), x + 8);

@@ -29,7 +29,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
     const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
     Int8x32 low[4] = {}, high[4] = {};
     for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + kPrefetchBytes), _MM_HINT_T0);
+      prefetch_ahead(lines, kLineBytes);
       const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
 #pragma GCC unroll 4
       for (int plane = 0; plane < 4; ++plane) {
@@ -88,9 +88,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
     const int stop = num_groups - group > kScanBlockGroups ? group + kScanBlockGroups : num_groups;
     ScanSums low = {}, high = {};
     for (; group < stop; ++group, scan += kScanGroupBytes, x += kGroupK) {
-      for (int prefetch = 0; prefetch < kScanGroupBytes; prefetch += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(scan + kPrefetchBytes + prefetch), _MM_HINT_T0);
-      }
+      prefetch_ahead(scan, kScanGroupBytes);
       __m256i bits_low = load_bytes(scan + 4 * kLineBytes), bits_high = load_bytes(scan + 4 * kLineBytes + 32);
 #pragma GCC unroll 4
       for (int line = 0; line < 4; ++line) {

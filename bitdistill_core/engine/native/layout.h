@@ -29,10 +29,6 @@ constexpr int kBase3Lines = 6, kBase3K = kBase3Lines * kLineK;
 constexpr int kBase3Bytes = 320;
 constexpr int kBase3Values = 27;
 
-// How far ahead of what it multiplies a stream asks for its next bytes: 1 KiB is less than the memory's latency takes,
-// and slower than not to ask at all.
-constexpr int kPrefetchBytes = 3072;
-
 // |sum of code * x| <= 128 * 2 * K must fit int32 with room for the sum of x.
 constexpr int kMaxK = 1 << 22;
 

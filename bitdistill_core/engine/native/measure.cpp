@@ -70,8 +70,7 @@ uint64_t read_lines(const uint64_t* lines, std::size_t count) {
   Lane sums[4] = {};
   const Lane* lanes = reinterpret_cast<const Lane*>(lines);
   for (std::size_t i = 0; i + 4 <= count * 2; i += 4) {
-    if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(lanes + i) + kPrefetchBytes);
-    if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(lanes + i + 2) + kPrefetchBytes);
+    if (ahead) prefetch_ahead(lanes + i, 2 * kLineBytes);
     for (int j = 0; j < 4; ++j) sums[j] ^= lanes[i + j];
   }
   const Lane sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
