@@ -22,20 +22,6 @@ from bitdistill_core.tables.results import (
     write_rows,
 )
 
-TITLES = {
-    "table1": "Table 1: text classification",
-    "table2": "Table 2: summarisation",
-    "table3": "Table 3: backbones",
-    "table4": "Table 4: weight quantisers",
-    "table5": "Table 5: the stages",
-    "table6": "Table 6: the distillation terms",
-    "figure3b": "Figure 3b: the distilled layer",
-    "figure3c": "Figure 3c: the size of the teacher",
-    "data": "More training sentences",
-    "recovery": "The best student, by seed",
-    "tasks": "Another task",
-    "options": "Options beyond the paper's tables",
-}
 REFERENCES = ("fp16_sft", "bitnet_sft", "bitdistill")  # what every method is compared with
 
 
@@ -50,8 +36,8 @@ def render(plan: Plan, results: Path, paper_file: Path) -> list[str]:
     for group, table in rows.items():
         write_rows(results / f"{group}.csv", COLUMNS, [row.values() for row in table])
         text = _markdown(plan, table)
-        (results / f"{group}.md").write_text(f"# {TITLES[group]}\n\n{text}\n")
-        parts += [f"## {TITLES[group]}", text]
+        (results / f"{group}.md").write_text(f"# {plan.title(group)}\n\n{text}\n")
+        parts += [f"## {plan.title(group)}", text]
     parts += _speed(results)
     paired = _comparisons(plan, found)
     write_rows(results / "paired.csv", PAIRED_COLUMNS, [[_short(row[key]) for key in PAIRED_COLUMNS] for row in paired])

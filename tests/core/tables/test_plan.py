@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bitdistill_core.tables.plan import GROUPS, Cell, Plan, list_scales, read_plan
+from bitdistill_core.tables.plan import Cell, Plan, list_scales, read_plan
 from tests.conftest import ROOT
 from tests.core.tables.conftest import METHODS, write_scale, write_yaml
 
@@ -85,7 +85,10 @@ def test_a_method_of_the_scale_replaces_one_of_the_same_name(make_plan: Callable
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": {"table9": ONE}}, r"unknown group=table9 in scale=tiny; the groups are table1, .*options"),
+        (
+            {"groups": {"table9": ONE}},
+            r"unknown group=table9 in scale=tiny; the groups are table1, .*options; another one needs a title",
+        ),
         (
             {"groups": {"table1": {**ONE, "models": ["huge"]}}},
             r"names an unknown entry of models: huge; there are small",
@@ -134,7 +137,6 @@ def test_a_group_that_the_scale_has_not_is_refused(make_plan: Callable[..., Plan
             plan.cells(["table1", name])
 
 
-def test_every_group_has_a_title() -> None:
-    from bitdistill_core.tables.render import TITLES
-
-    assert set(TITLES) == set(GROUPS)
+def test_a_group_of_another_name_has_a_title(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(groups={"table1": ONE, "more": {**ONE, "title": "More"}, "table5": {**ONE, "title": "Stages"}})
+    assert [plan.title(name) for name in plan.scale.groups] == ["Table 1: text classification", "More", "Stages"]
