@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ TITLES = {  # the groups that figures and the paper's numbers know
     "figure3c": "Figure 3c: the size of the teacher",
     "options": "Options beyond the paper's tables",
 }
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names files and folders of results
 NO_SCALE = {"methods", "dvc"}  # files beside those of the scales
 
 
@@ -77,7 +78,7 @@ class Task(Section):
 class Group(Section):
     """Every combination of these is a cell."""
 
-    title: str | None = None  # its heading; a group that TITLES lacks needs one
+    title: str | None = Field(default=None, min_length=1)  # its heading; a group that TITLES lacks needs one
     models: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
@@ -90,16 +91,16 @@ class Scale(Section):
     description: str
     seeds: list[int] = Field(min_length=1)
     params: dict[str, Any]
-    models: dict[str, Model]
-    tasks: dict[str, Task]
-    methods: dict[str, Method] = Field(default_factory=dict)  # in addition to tables/methods.yaml
-    groups: dict[str, Group]  # in the order of their worth
+    models: dict[Name, Model]
+    tasks: dict[Name, Task]
+    methods: dict[Name, Method] = Field(default_factory=dict)  # in addition to tables/methods.yaml
+    groups: dict[Name, Group]  # in the order of their worth
 
 
 class Methods(Section):
     """tables/methods.yaml."""
 
-    methods: dict[str, Method]
+    methods: dict[Name, Method]
 
 
 @dataclass(frozen=True)
