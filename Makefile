@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_OPTIONS ?=
 # optional dependencies to install, as pip writes them; the training image has none
 EXTRAS ?= [dev]
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed$(subst [,-,$(subst ],,$(EXTRAS)))
 
 .PHONY: help demo test setup lint clean
 .DEFAULT_GOAL := help
