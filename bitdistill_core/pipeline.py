@@ -5,21 +5,17 @@ Not for deciding what is up to date (manifest.py) or when to run (flows/).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
 from bitdistill_core.config import Params
-from bitdistill_core.data import encode_answer
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.manifest import Report, Result, discard, execute
 from bitdistill_core.packing import FORMAT_VERSION
-from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import (
     base,
@@ -34,7 +30,7 @@ from bitdistill_core.stages import (
     surgery,
     teacher,
 )
-from bitdistill_core.stages.training import require_window
+from bitdistill_core.stages.fit import require_fit
 
 
 @dataclass(frozen=True)
@@ -142,54 +138,11 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
     )
     if node.stage is base:
         require_fit(params, result.directory)
+        require_packable(params, result.directory)
     return result
 
 
-def require_fit(params: Params, base_dir: Path) -> None:
-    """Raises ValueError for lengths, layers or heads that the base model does not have, before anything is trained."""
-    model = checkpoint.read_config(base_dir)
-    lengths = {
-        "teacher.max_length": params.teacher.max_length,
-        "distill.max_length": params.distill.max_length,
-        "bitnet_sft.max_length": params.bitnet_sft.max_length,
-        "benchmark.prompt_tokens + new_tokens": params.benchmark.prompt_tokens + params.benchmark.new_tokens,
-    }
-    if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
-        lengths["pretrain.block_size"] = params.pretrain.block_size
-    if params.surgery.is_calibrated:
-        lengths["surgery.calibration_length"] = params.surgery.calibration_length
-    if params.data.resolved_template.kind == "generation":
-        lengths["evaluate.max_new_tokens + 1"] = params.evaluate.max_new_tokens + 1
-    for key, length in lengths.items():
-        require_window(model, length, key)
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    widths = {"o_proj": model.num_attention_heads * head_dim, "down_proj": model.intermediate_size}
-    for name, width in {"q_proj": model.hidden_size, **widths}.items():
-        require_divisible(surgery.weight_quantizer(params.surgery), width, name)
-    if params.distill.attention_kd_weight:
-        distill.layer_pairs(params.distill, model, model)
+def require_packable(params: Params, base_dir: Path) -> None:
+    """Raises ValueError for a base model whose student the engine cannot run."""
     record = {"subln": params.surgery.subln, "sub_norm_eps": params.surgery.sub_norm_eps}
-    engine_config(model.to_dict() | {"bitdistill": record})  # what cannot be packed
-    require_tokenizer(params, checkpoint.load_tokenizer(base_dir))
-
-
-def require_tokenizer(params: Params, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer that cannot be packed or does not tell the answers of the task apart."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the packed file needs a fast tokenizer; got {type(tokenizer).__name__}; save the base model with one"
-        )
-    template = params.data.resolved_template
-    ends = params.pretrain.num_tokens > 0 or params.pretrain.blockwise.num_epochs > 0 or template.kind == "generation"
-    if ends and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "pre-training and generation need an end-of-text token; the tokenizer's eos_token is None; set it in the "
-            "base model's tokenizer_config.json"
-        )
-    answers = {word: encode_answer(tokenizer, " " + word, ends=False) for word in template.label_words}
-    for (word, ids), (other, others) in permutations(answers.items(), 2):
-        if others[: len(ids)] == ids:
-            raise ValueError(
-                "no label word may begin with all tokens of another, which would always be more probable; got "
-                f"label_words={word!r} and {other!r}, tokens={ids} and {others}; choose other words in data.template"
-            )
+    engine_config(checkpoint.read_config(base_dir).to_dict() | {"bitdistill": record})

@@ -29,6 +29,7 @@ from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
+from bitdistill_core.stages.fit import require_fit
 from bitdistill_core.tables.plan import Cell, Plan
 
 CURVES = ("pretrain/loss", "distill/loss", "distill/task_loss", "teacher/loss")
@@ -158,7 +159,9 @@ def run_cell(
     seconds: dict[str, float] = {}
     examples = Step("data", data, params.data)  # what it is evaluated on
     floors: dict[str, float] = {}  # what needs no language model, in a classification task
-    for step in {step.recipe: step for step in [examples, *last.before()]}.values():
+    steps = {step.recipe: step for step in [examples, *last.before()]}.values()
+    bases = [step for step in steps if step.stage is base]  # the student's, and the teacher's where it is another
+    for step in sorted(steps, key=lambda step: step.stage not in (data, base)):
         directory = step.directory(store)
         finished = execute(
             step.name,
@@ -172,6 +175,8 @@ def run_cell(
             device=device,
         )
         seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
+        if step is bases[-1]:
+            require_fit(params, bases[0].directory(store), step.directory(store))
         if step.recipe == examples.recipe:
             floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
     kept = store / ".work" / f"generated-{last.recipe}-{params.evaluate.max_new_tokens}.jsonl"

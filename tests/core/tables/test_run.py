@@ -185,6 +185,17 @@ def test_a_diverging_cell_is_told_and_costs_no_other(make_plan: Callable[..., Pl
     assert list(again.failed) == [bad]
 
 
+def test_layers_that_a_larger_teacher_lacks_are_refused_before_training(
+    make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    layers = {"distill_layers": [0], "teacher_layers": [9]}
+    taught = {"label": "Taught", "teacher_model": "large", "params": {"distill": layers}}
+    folder, cell = Folder(tmp_path), replace(STUDENT, method="taught")
+    outcome = folder.run(make_plan(methods={"taught": taught}, groups=group("taught")))
+    assert outcome.failed[cell] == "distill.teacher_layers must name layers of a model with num_layers=2; got 9"
+    assert folder.stages() == {"data", "base"}
+
+
 def test_a_spent_budget_stops_and_the_same_call_goes_on(
     finished: tuple[Plan, Folder, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

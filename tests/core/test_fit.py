@@ -1,0 +1,65 @@
+"""What a base model must have, refused before anything is trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bitdistill_core.config import Params
+from bitdistill_core.params import load_params
+from bitdistill_core.stages.fit import require_fit
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.max_length=600", "got teacher.max_length=600, window=256; lower teacher.max_length"),
+        ("distill.max_length=600", "got distill.max_length=600"),
+        ("bitnet_sft.max_length=600", "got bitnet_sft.max_length=600"),
+        ("pretrain.block_size=600", "got pretrain.block_size=600"),
+        ("benchmark.prompt_tokens=500", "benchmark.prompt_tokens \\+ new_tokens=5"),
+        (
+            "surgery.weight_granularity=block surgery.weight_block_size=80",
+            "must divide every layer's input width; got layer=q_proj, width=",
+        ),
+        ("surgery.subln_gain=preserve surgery.calibration_length=600", "got surgery.calibration_length=600"),
+        ("data.task=cnn_dailymail evaluate.max_new_tokens=256", "got evaluate.max_new_tokens \\+ 1=257"),
+        ("distill.distill_layers=[9]", "distill.distill_layers must name layers of a model with num_layers=2; got 9"),
+        ("distill.num_relation_heads=7", "distill.num_relation_heads must divide the query width"),
+    ],
+)
+def test_what_the_base_model_does_not_have_is_refused(
+    finished_run: Path, tiny_overrides: list[str], override: str, message: str
+) -> None:
+    def params(*more: str) -> Params:
+        return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *more])
+
+    require_fit(params(), finished_run / "base")
+    with pytest.raises(ValueError, match=message):
+        require_fit(params(*override.split()), finished_run / "base")
+
+
+def custom(*words: str, kind: str = "classification") -> list[str]:
+    fields = [f"kind: {kind}", 'prompt: "{sentence}:"', f"label_words: [{', '.join(words)}]", "answer_column: label"]
+    return ["data.task=custom", f"data.template={{{', '.join(fields)}}}"]
+
+
+def test_a_label_word_that_begins_another_is_refused(finished_run: Path, tiny_overrides: list[str]) -> None:
+    def params(*words: str) -> Params:
+        return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *custom(*words)])
+
+    require_fit(params("film good", "good film"), finished_run / "base")
+    for words in (("good", "good film"), ("bad", "good film", "good")):
+        with pytest.raises(ValueError, match="got label_words='good' and 'good film', tokens="):
+            require_fit(params(*words), finished_run / "base")
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(finished_run / "base", base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
+    with pytest.raises(ValueError, match="the tokenizer's eos_token is None; set it in"):
+        require_fit(tiny_params, base)
