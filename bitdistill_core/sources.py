@@ -5,7 +5,8 @@ Files are parquet, JSON lines or CSV. The hub needs `datasets`, imported when it
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,53 @@ def read_rows(source: Source, split: str, config: str | None) -> Iterator[Mappin
         yield from _iter_files(source, split)
 
 
-def iter_texts(source: Source, column: str, *, limit: int) -> Iterator[str]:
-    """The non-empty documents of a corpus, at most `limit` (0: all). A hub corpus is streamed."""
-    count = 0
-    if isinstance(source, str):
-        rows = iter(_load_hub(source, None, "train", streaming=True))
-    else:
-        rows = _iter_files(source, None)
-    for row in rows:
-        if column not in row:
-            raise ValueError(
-                f"the corpus has no column={column}; its columns are {', '.join(row)}; set data.corpus_column"
-            )
-        if row[column] and row[column].strip():
-            yield row[column]
-            count += 1
-            if limit and count >= limit:
+class Corpus:
+    """The non-empty documents of a corpus, in order. A hub corpus is streamed.
+
+    Args:
+        limit: documents at most; 0: all.
+        place: what `place` said, to go on from there.
+    """
+
+    def __init__(self, source: Source, column: str, *, limit: int, place: Mapping[str, Any] | None = None) -> None:
+        self.column, self.limit = column, limit
+        self.num_documents = 0 if place is None else int(place["documents"])
+        self._stream: Any = None
+        self._texts: Iterator[str]
+        if isinstance(source, str):
+            self._stream = _load_hub(source, None, "train", streaming=True)
+            if place is not None:
+                self._stream.load_state_dict(place["stream"])
+            self._texts = self._non_empty(_named_errors(self._stream, source))
+        else:
+            self._texts = islice(self._non_empty(_iter_files(source, None)), self.num_documents, None)
+
+    def __iter__(self) -> Iterator[str]:
+        while not self.limit or self.num_documents < self.limit:
+            text = next(self._texts, None)
+            if text is None:
                 return
+            self.num_documents += 1
+            yield text
+
+    def place(self) -> dict[str, Any]:
+        """Behind the document that was given last, as JSON holds it."""
+        stream = {} if self._stream is None else {"stream": self._stream.state_dict()}
+        return {"documents": self.num_documents, **stream}
+
+    def _non_empty(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        for row in rows:
+            if self.column not in row:
+                raise ValueError(
+                    f"the corpus has no column={self.column}; its columns are {', '.join(row)}; set data.corpus_column"
+                )
+            text = row[self.column]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(
+                    f"a corpus holds texts; got {self.column}={text!r}; set data.corpus_column to another column"
+                )
+            if text and text.strip():
+                yield text
 
 
 def _files(directory: Path, prefix: str) -> list[Path]:
@@ -141,7 +172,7 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
         else:
             raise ValueError(f"a data file ends in {_ENDINGS}; got path={path}")
     except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"unreadable data file path={path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"unreadable data file path={path}: {_first_line(error)}") from None
 
 
 _ENDINGS = ", ".join(ENDINGS)
@@ -155,6 +186,20 @@ def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> 
         return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # the hub client raises many types, also for "no network"
         raise ValueError(
-            f"cannot load split={split} of data set {name} ({config}) from the hub: {str(error).splitlines()[0]}; "
+            f"cannot load split={split} of data set {name} ({config}) from the hub: {_first_line(error)}; "
             "check the name and the network, or give --data-root DIR with the files"
         ) from None
+
+
+def _named_errors(stream: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a stream; whatever the hub client raises on the way as one ValueError."""
+    try:
+        yield from stream
+    except Exception as error:
+        raise ValueError(
+            f"the stream of data set {name} from the hub broke off: {_first_line(error)}; run the same command to go on"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

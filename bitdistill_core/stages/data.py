@@ -5,8 +5,11 @@ eval_splits.json, a file of its own so that another split to evaluate on leaves 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from bitdistill_core import naive_bayes
 from bitdistill_core import sources as data_sources
 from bitdistill_core.config import DataConfig
-from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.manifest import Metrics, Report, read_lines, write_lines
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.templates import Template
 
@@ -102,12 +105,11 @@ def run(
     train_path = examples_path(out_dir, config.train_split)
     if config.train_split != "train":
         train_path.rename(examples_path(out_dir, "train"))
-    corpus = data_sources.locate(config.corpus, None, config.data_root)
-    texts = data_sources.iter_texts(corpus, config.corpus_column, limit=config.corpus_documents)
-    metrics["data/num_documents"] = _write_corpus(texts, out_dir / "corpus")
     if template.kind == "classification":
         _require_every_label(tables[config.train_split], template.label_words, config.train_split)
         metrics.update(_floors(tables[config.train_split], tables[config.eval_splits[0]]))
+    corpus = data_sources.locate(config.corpus, None, config.data_root)
+    metrics["data/num_documents"] = _write_corpus(corpus, config, work_dir, out_dir / "corpus")
     task = Task(config.task, template.kind, template.prompt, template.label_words)
     (out_dir / "task.json").write_text(json.dumps(asdict(task), indent=1) + "\n")
     (out_dir / "eval_splits.json").write_text(json.dumps(config.eval_splits) + "\n")
@@ -156,28 +158,28 @@ def _require_every_label(train: pa.Table, label_words: list[str], split: str) ->
         )
 
 
-def _write_corpus(texts: Iterator[str], directory: Path) -> int:
-    directory.mkdir()
-    count, shard = 0, 0
-    with progress_bar("corpus", total=None, unit="document") as bar:
-        for documents in _grouped(texts, DOCUMENTS_A_SHARD):
-            pq.write_table(pa.table({"text": documents}), directory / f"{shard:05d}.parquet", compression="zstd")
-            count, shard = count + len(documents), shard + 1
+def _write_corpus(source: data_sources.Source, config: DataConfig, work_dir: Path, out: Path) -> int:
+    """Writes the corpus in shards, behind those of an interrupted attempt, and returns the number of documents."""
+    directory, place_path = work_dir / "corpus", work_dir / "corpus-place.jsonl"
+    places = read_lines(place_path)  # one for each whole shard
+    if not places:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(exist_ok=True)
+    place = places[-1] if places else None
+    texts = data_sources.Corpus(source, config.corpus_column, limit=config.corpus_documents, place=place)
+    total = config.corpus_documents or None
+    with progress_bar("corpus", total=total, initial=texts.num_documents, unit="document") as bar:
+        while documents := list(islice(texts, DOCUMENTS_A_SHARD)):
+            shard = directory / f"{len(places):05d}.parquet"
+            pq.write_table(pa.table({"text": documents}), shard, compression="zstd")
+            places.append(texts.place())
+            write_lines(place_path, places)
             bar.update(len(documents))
-    if not count:
+    if not texts.num_documents:
         raise ValueError("the corpus is empty; check data.corpus and data.corpus_column")
-    return count
-
-
-def _grouped(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+    place_path.unlink()
+    os.replace(directory, out)
+    return texts.num_documents
 
 
 def _floors(train: pa.Table, test: pa.Table) -> Metrics:
