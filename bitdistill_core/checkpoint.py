@@ -95,7 +95,9 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"no readable tokenizer in path={directory}: {_first_line(error)}") from None
     return tokenizer
@@ -128,7 +130,12 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
             f"base.checkpoint must be a full-precision model; got a student in base.checkpoint={checkpoint}; take the "
             "model that it was made of"
         )
-    options: dict[str, Any] = {}
+    if "gguf_file" not in source and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base.checkpoint must be a full-precision model; got quantised weights in base.checkpoint={checkpoint}; "
+            "take the model that it was made of"
+        )
+    options: dict[str, Any] = {"trust_remote_code": False}
     loaded: Any
     if "gguf_file" in source:
         from transformers import GgufConfig
@@ -138,9 +145,16 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, output_loading_info=True, **source, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source)
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **source)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a broken file makes transformers raise has many types
         raise ValueError(f"cannot load base.checkpoint={checkpoint}: {_first_line(error)}") from None
+    if not tokenizer.encode("a word", add_special_tokens=False):  # made from nothing, where its files are missing
+        raise ValueError(
+            f"base.checkpoint={checkpoint} has no tokenizer that knows words; put the model's tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        )
     model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     if missing:
         raise ValueError(
@@ -183,8 +197,8 @@ def _local_path(checkpoint: str) -> Path | None:
 
 def _load_config(source: str, **options: Any) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # what a broken file makes transformers raise has many types
         raise ValueError(f"cannot read a model configuration from {source}: {_first_line(error)}") from None
 
 

@@ -131,6 +131,15 @@ class ScratchConfig(BlocksSection):
     head_dim: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=1)
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ScratchConfig":
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                "base.scratch.num_kv_heads must divide num_heads, and head_dim be even; got "
+                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+            )
+        return self
+
 
 class BaseConfig(Section):
     """params.yaml section `base`: the full-precision LM to convert."""
@@ -194,6 +203,16 @@ class StudentTraining(Section):
     quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
     hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher runs."""
+        return bool(self.blockwise.num_epochs or self.has_taught_loss)
+
+    @property
+    def has_taught_loss(self) -> bool:
+        """Whether the loss over the whole student has a teacher: a weight of distillation above 0."""
+        return any(getattr(self, name) for name in type(self).model_fields if name.endswith("_kd_weight"))
+
 
 class PretrainConfig(BlocksSection, StudentTraining):
     """params.yaml section `pretrain`: continued pre-training of the student (stage 2 of the paper).
@@ -204,16 +223,6 @@ class PretrainConfig(BlocksSection, StudentTraining):
     task_loss_weight: float = Field(ge=0)  # of the cross-entropy
     logits_kd_weight: float = Field(ge=0)
     kd_temperature: float = Field(gt=0)
-
-    @property
-    def is_taught(self) -> bool:
-        """Whether a teacher runs."""
-        return bool(self.blockwise.num_epochs or self.has_taught_loss)
-
-    @property
-    def has_taught_loss(self) -> bool:
-        """Whether the loss over the whole student has a teacher."""
-        return bool(self.logits_kd_weight or self.hidden_kd_weight)
 
     @model_validator(mode="after")
     def _blockwise_makes_a_step(self) -> "PretrainConfig":
@@ -261,16 +270,6 @@ class DistillConfig(TaskSection, StudentTraining):
     teacher_layers: list[int]  # the teacher's, one for one; empty: the same indices
     grad_norm_every: int = Field(ge=0)  # steps between gradient norms of each loss part; 0: never
     balance_grad_norms: float = Field(ge=0)  # hold each term's gradient norm at so many times the task loss's; 0: off
-
-    @property
-    def is_taught(self) -> bool:
-        """Whether a teacher runs."""
-        return bool(self.blockwise.num_epochs or self.has_taught_loss)
-
-    @property
-    def has_taught_loss(self) -> bool:
-        """Whether the loss over the whole student has a teacher."""
-        return bool(self.logits_kd_weight or self.attention_kd_weight or self.hidden_kd_weight)
 
     @model_validator(mode="after")
     def _balance_measures(self) -> "DistillConfig":

@@ -137,7 +137,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         device=device,
     )
     if node.stage is base:
-        require_fit(params, result.directory)
+        require_fit(params, result.directory, data_dir=inputs.data)
         require_packable(params, result.directory)
     return result
 

@@ -95,8 +95,10 @@ class Template(BaseModel):
         if column not in row:
             raise ValueError(f"the template needs column {column}; the columns are {', '.join(row)}; fix data.template")
         value = row[column]
-        if value is None or value != value:  # NaN, which is how pandas writes a missing text
-            raise ValueError(f"a row must have a value where the template needs it; got {column}={value}; drop the row")
+        if value is None or value == "" or value != value:  # CSV and pandas (NaN) write a missing text so
+            raise ValueError(
+                f"a row must have a value where the template needs it; got {column}={value!r}; drop the row"
+            )
         return value
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitdistill_core.report.formatting import PART_LABELS
+
 METHODS = ("fp16_sft", "bitnet_sft", "bitdistill")
 PACKED = {"bitnet_sft": "bitnet_sft_packed", "bitdistill": "bitdistill_packed"}
 TRAINING_STAGES = ("base", "teacher", "pretrain", "distill", "bitnet_sft")
-LOSS_PARTS = ("loss", "task_loss", "logits_kd", "attention_kd", "hidden_kd")
+LOSS_PARTS = tuple(PART_LABELS)
 
 Curve = list[tuple[int, float]]  # (step, value)
 

@@ -7,16 +7,18 @@ from transformers import PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
 from bitdistill_core.config import Params
+from bitdistill_core.corpus import iter_texts
 from bitdistill_core.data import encode_answer
 from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.stages import distill, surgery
 from bitdistill_core.stages.training import require_window
 
 
-def require_fit(params: Params, base_dir: Path, teacher_dir: Path | None = None) -> None:
+def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: Path | None = None) -> None:
     """Raises ValueError for lengths, layers or heads that the base model does not have, before anything is trained.
 
     Args:
+        data_dir: the `data` stage that pre-training reads.
         teacher_dir: what the teacher is made from, where it is another model.
     """
     model = checkpoint.read_config(base_dir)
@@ -40,7 +42,24 @@ def require_fit(params: Params, base_dir: Path, teacher_dir: Path | None = None)
         require_divisible(surgery.weight_quantizer(params.surgery), width, name)
     if params.distill.attention_kd_weight:
         distill.layer_pairs(params.distill, model, checkpoint.read_config(teacher_dir or base_dir))
-    require_tokenizer(params, checkpoint.load_tokenizer(base_dir))
+    tokenizer = checkpoint.load_tokenizer(base_dir)
+    require_tokenizer(params, tokenizer)
+    if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
+        require_block(data_dir / "corpus", tokenizer, params.pretrain.block_size)
+
+
+def require_block(corpus: Path, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Raises ValueError for a corpus that has fewer tokens than one block of pre-training."""
+    num_tokens = 0
+    for texts in iter_texts(corpus):
+        for text in texts:  # one by one: the first documents are enough
+            num_tokens += len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+            if num_tokens >= block_size:
+                return
+    raise ValueError(
+        f"the corpus must hold at least one block; got num_tokens={num_tokens}, pretrain.block_size={block_size}; "
+        "lower it, or give more texts"
+    )
 
 
 def require_tokenizer(params: Params, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,6 +76,14 @@ def require_tokenizer(params: Params, tokenizer: PreTrainedTokenizerBase) -> Non
             "base model's tokenizer_config.json"
         )
     answers = {word: encode_answer(tokenizer, " " + word, ends=False) for word in template.label_words}
+    longest = max(map(len, answers.values()), default=0)
+    for key in ("teacher", "distill", "bitnet_sft"):
+        length = getattr(params, key).max_length
+        if length < longest + 2:
+            raise ValueError(
+                f"{key}.max_length must leave room for a prompt beside the longest label word; got {key}.max_length="
+                f"{length}, tokens={longest}; raise it"
+            )
     for (word, ids), (other, others) in permutations(answers.items(), 2):
         if others[: len(ids)] == ids:
             raise ValueError(

@@ -188,6 +188,55 @@ def test_a_student_is_no_base(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
         checkpoint.load_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("class_name", ["Qwen2Tokenizer", None])
+def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path, class_name: str | None) -> None:
+    build("qwen2").save_pretrained(tmp_path)
+    if class_name is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_name}))
+    with pytest.raises(ValueError, match=r"has no tokenizer that knows words; put|cannot load"):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+def test_quantised_weights_are_no_base(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    build("qwen2").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match=r"must be a full-precision model; got quantised weights in base\.checkpoint="):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_hidden_layers": None}, {"rope_parameters": 3}])
+def test_a_config_of_wrong_types_is_one_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, object]
+) -> None:
+    build("qwen2").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"cannot read a model configuration from|cannot load base\.checkpoint="):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [0, 10, 100])
+def test_a_gguf_file_that_is_cut_short_is_one_error(tmp_path: Path, size: int) -> None:
+    header = b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little") + (9).to_bytes(8, "little")
+    (tmp_path / "model.gguf").write_bytes((header + b"\x05" * 100)[:size])
+    with pytest.raises(ValueError, match="cannot read a model configuration from"):
+        checkpoint.load_pretrained(str(tmp_path / "model.gguf"))
+
+
+def test_code_in_a_model_directory_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PretrainedConfig\n"
+    (tmp_path / "own.py").write_text(code + "class Own(PretrainedConfig):\n    model_type = 'own'\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot read a model configuration from"):
+        checkpoint.load_pretrained(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_rounded_embeddings_stay_tied_and_close() -> None:
     model = build("qwen3")
     before = model.get_input_embeddings().weight.detach().clone()

@@ -148,6 +148,16 @@ def test_a_tie_is_the_first_answer_either_way(tmp_path: Path) -> None:
     assert plain.predictions == through_lm_eval.predictions
 
 
+@pytest.mark.parametrize("prompts", [["p", "42"], ["42", "p"], ["{{p}}\n", " 7"]])
+def test_a_prompt_of_digits_is_a_text(tmp_path: Path, prompts: list[str]) -> None:
+    examples = write_rows(tmp_path / "test.parquet", [0, 1])
+    table = pq.read_table(examples)
+    pq.write_table(table.set_column(0, "prompt", pa.array(prompts)), examples)
+    good = {(prompts[0], " no"), (prompts[1], " yes")}
+    for found in both_ways(Oracle(good), examples, "sst2"):
+        assert found.metrics == {"accuracy": 1.0}
+
+
 class Echo(Oracle):
     """Writes a different text for each prompt."""
 

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bitdistill_core.config import Params
@@ -27,6 +29,7 @@ from tests.conftest import ROOT
         ("surgery.subln_gain=preserve surgery.calibration_length=600", "got surgery.calibration_length=600"),
         ("data.task=cnn_dailymail evaluate.max_new_tokens=256", "got evaluate.max_new_tokens \\+ 1=257"),
         ("distill.distill_layers=[9]", "distill.distill_layers must name layers of a model with num_layers=2; got 9"),
+        ("distill.max_length=2", "got distill.max_length=2, tokens="),
         ("distill.num_relation_heads=7", "distill.num_relation_heads must divide the query width"),
     ],
 )
@@ -36,9 +39,9 @@ def test_what_the_base_model_does_not_have_is_refused(
     def params(*more: str) -> Params:
         return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *more])
 
-    require_fit(params(), finished_run / "base")
+    require_fit(params(), finished_run / "base", data_dir=finished_run / "data")
     with pytest.raises(ValueError, match=message):
-        require_fit(params(*override.split()), finished_run / "base")
+        require_fit(params(*override.split()), finished_run / "base", data_dir=finished_run / "data")
 
 
 def custom(*words: str, kind: str = "classification") -> list[str]:
@@ -50,10 +53,10 @@ def test_a_label_word_that_begins_another_is_refused(finished_run: Path, tiny_ov
     def params(*words: str) -> Params:
         return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *custom(*words)])
 
-    require_fit(params("film good", "good film"), finished_run / "base")
+    require_fit(params("film good", "good film"), finished_run / "base", data_dir=finished_run / "data")
     for words in (("good", "good film"), ("bad", "good film", "good")):
         with pytest.raises(ValueError, match="got label_words='good' and 'good film', tokens="):
-            require_fit(params(*words), finished_run / "base")
+            require_fit(params(*words), finished_run / "base", data_dir=finished_run / "data")
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:
@@ -62,4 +65,11 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
     with pytest.raises(ValueError, match="the tokenizer's eos_token is None; set it in"):
-        require_fit(tiny_params, base)
+        require_fit(tiny_params, base, data_dir=finished_run / "data")
+
+
+def test_a_corpus_smaller_than_a_block_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    pq.write_table(pa.table({"text": ["a film"]}), tmp_path / "corpus/00000.parquet")
+    with pytest.raises(ValueError, match=r"the corpus must hold at least one block; got num_tokens=\d+, pretrain"):
+        require_fit(tiny_params, finished_run / "base", data_dir=tmp_path)
