@@ -18,6 +18,7 @@ from pydantic import Field
 from bitdistill_core.tables.plan import Cell, Plan, read_plan
 from bitdistill_core.tables.render import render
 from bitdistill_core.tables.run import OutOfTime, survey
+from bitdistill_core.tables.speed import measure_speed
 from flows.server import start_temporary_server
 from tasks import stages
 from tasks.tables import run_tables
@@ -65,6 +66,8 @@ def tables(
         tell=get_run_logger().info,
         run=_CellTasks(plan, plan.cells(groups), results),
     )
+    if not outcome.left:
+        measure_speed(plan, store=store or plan.default_store, results=results)
     render(plan, results, plans / "paper.csv")
     readme = results / "README.md"
     create_markdown_artifact(readme.read_text(), key="tables", description=plan.scale.description)

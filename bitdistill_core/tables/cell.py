@@ -24,7 +24,15 @@ from pydantic import BaseModel
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
-from bitdistill_core.manifest import METRICS_LOG, NO_PART_OF_A_RESULT, Report, digest_file, discard, execute
+from bitdistill_core.manifest import (
+    METRICS_LOG,
+    NO_PART_OF_A_RESULT,
+    Report,
+    digest_file,
+    discard,
+    execute,
+    read_manifest,
+)
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
@@ -49,9 +57,12 @@ class Step:
     @property
     def recipe(self) -> str:
         """Digest of what the stage does, 16 hexadecimal digits."""
+        config = self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT)
+        if config.get("checkpoint") is not None:  # a pretrained base: what would be trained instead does not matter
+            config.pop("scratch", None)
         identity = [
             self.name,
-            _switched_on(self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT)),
+            _switched_on(config),
             {key: step.recipe for key, step in self.inputs.items()},
             __version__,
         ]
@@ -176,10 +187,12 @@ def run_cell(
         )
         seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
         if step is bases[-1]:
-            require_fit(params, bases[0].directory(store), step.directory(store))
+            corpus = bases[0].inputs["data"].directory(store)
+            require_fit(params, bases[0].directory(store), data_dir=corpus, teacher_dir=step.directory(store))
         if step.recipe == examples.recipe:
             floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
-    kept = store / ".work" / f"generated-{last.recipe}-{params.evaluate.max_new_tokens}.jsonl"
+    made = read_manifest(last.directory(store))["fingerprint"][:16]
+    kept = store / ".work" / f"generated-{made}-{params.evaluate.max_new_tokens}.jsonl"
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,

@@ -27,10 +27,12 @@ COLUMNS = (
 
 
 def measure_speed(plan: Plan, *, store: Path, results: Path) -> dict[str, dict[str, Any]]:
-    """Measures the models of group table1 that are not in results/speed.json yet, and writes it. By model.
+    """Measures the models of group table1 that results/speed.json lacks, or has of another base or setting. By model.
 
-    Models whose base is not in the store yet are left out. Rounds of the two engines are interleaved.
+    Models whose base is not in the store stay as they are. Rounds of the two engines are interleaved.
     """
+    from bitdistill_core.packing import FORMAT_VERSION  # a machine that only trains has no native extension
+
     path = results / SPEED
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     group = plan.scale.groups.get("table1")
@@ -38,9 +40,12 @@ def measure_speed(plan: Plan, *, store: Path, results: Path) -> dict[str, dict[s
         return found
     for name in group.models:
         last = chain(plan, Cell(name, group.tasks[0], "bitdistill", plan.scale.seeds[0]))
-        base = next(step for step in last.before() if step.name == "base").directory(store)
-        if name not in found and (base / checkpoint.WEIGHTS).is_file():
-            found[name] = _measure(plan, base)
+        step = next(step for step in last.before() if step.name == "base")
+        base = step.directory(store)
+        settings = {**plan.defaults["benchmark"], "encoding": plan.defaults["pack"]["encoding"]}
+        made_from = {"base": step.recipe, "format": FORMAT_VERSION, **settings}
+        if found.get(name, {}).get("made_from") != made_from and (base / checkpoint.WEIGHTS).is_file():
+            found[name] = {**_measure(plan, base), "made_from": made_from}
             results.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -69,7 +74,6 @@ def speed_rows(found: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _measure(plan: Plan, base: Path) -> dict[str, Any]:
-    # a machine that only trains has no native extension
     from bitdistill_core.engine.model import Engine
     from bitdistill_core.stages.pack import PACKED, pack_model
 

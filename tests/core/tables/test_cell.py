@@ -64,6 +64,15 @@ def test_what_a_section_that_is_off_says_is_no_part_of_a_recipe(make_plan: Calla
     assert recipes(plan, BITDISTILL) == recipes(off, BITDISTILL) != recipes(on, BITDISTILL)
 
 
+def test_a_pretrained_base_does_not_depend_on_what_would_be_trained_from_nothing(
+    make_plan: Callable[..., Plan],
+) -> None:
+    plan, other = make_plan(), {"hidden_size": 48}
+    assert recipes(plan, FP16_SFT) != recipes(changed(plan, base={"scratch": other}), FP16_SFT)
+    pretrained = changed(plan, base={"checkpoint": "a/model"})
+    assert recipes(pretrained, FP16_SFT) == recipes(changed(pretrained, base={"scratch": other}), FP16_SFT)
+
+
 def test_what_comes_before_is_part_of_a_recipe(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan()
     before, after = recipes(plan, BITDISTILL), recipes(changed(plan, surgery={"subln": "all"}), BITDISTILL)

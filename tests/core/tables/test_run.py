@@ -264,3 +264,8 @@ def test_speed_is_that_of_the_packed_base_beside_the_dense_one(
     assert float(packed[6]) < float(dense[6])  # the file
     assert measure_speed(plan, store=tmp_path / "empty", results=tmp_path) == measured  # not again
     assert measure_speed(plan, store=tmp_path / "empty", results=tmp_path / "other") == {}  # no base yet
+    old = {"small": {**measured["small"], "made_from": {**measured["small"]["made_from"], "format": "0"}}}
+    (tmp_path / SPEED).write_text(json.dumps(old))
+    assert measure_speed(plan, store=tmp_path / "empty", results=tmp_path) == old  # nothing to measure it on
+    again = measure_speed(plan, store=folder.root / "store", results=tmp_path)
+    assert again["small"]["made_from"] == measured["small"]["made_from"]
