@@ -305,7 +305,7 @@ class Conversion:
     def _register_packed(self, score: float, examples: str) -> None:
         """The packed student as a registered pyfunc, unless this very file is.
 
-        Alias champion, unless another version scored higher on the same examples.
+        Alias champion, unless another version scored higher, or was evaluated on other examples.
         """
         import mlflow
 
@@ -325,8 +325,15 @@ class Conversion:
         tags["bitdistill.run"] = self.run_dir.name
         version = mlflow.register_model(info.model_uri, name, tags=tags)
         champion = self._client.get_registered_model(name).aliases.get("champion")
-        best = self._client.get_model_version(name, champion).tags if champion is not None else {}
-        if best.get("bitdistill.examples") != examples or score >= float(best["bitdistill.score"]):
+        best = self._client.get_model_version(name, champion).tags if champion is not None else tags
+        if best.get("bitdistill.examples") != examples:
+            log.warning(
+                "version %s of model %s was evaluated on other examples than version %s, which stays its champion",
+                version.version,
+                name,
+                champion,
+            )
+        elif score >= float(best["bitdistill.score"]):
             self._client.set_registered_model_alias(name, "champion", version.version)
         self._client.set_tag(run_id, "bitdistill.packed", manifest["fingerprint"])
         self._is_changed = True  # start_run ended the run with the time of now

@@ -20,6 +20,7 @@ from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 COMPOSE = DOCKER / "compose.yaml"
+COMPOSE_GPU = DOCKER / "compose.gpu.yaml"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|_KEY", re.IGNORECASE)
 CLASSIFIER = {
@@ -83,8 +84,8 @@ def test_dockerfile_passes_hadolint(dockerfile: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_compose_file_follows_the_compose_specification() -> None:
-    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
+def test_compose_files_follow_the_compose_specification() -> None:
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE), str(COMPOSE_GPU)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -130,6 +131,11 @@ def test_published_ports_are_reached_from_this_machine_only(services: dict[str, 
     assert ports
     assert [port for port in ports if not (isinstance(port, str) and port.startswith("127.0.0.1:"))] == []
     assert [name for name, service in services.items() if service.get("network_mode") == "host"] == []
+
+
+def test_the_gpu_file_adds_to_services_that_there_are(services: dict[str, Any]) -> None:
+    added = YAML(typ="safe").load(COMPOSE_GPU)["services"]
+    assert set(added) == {"worker"} <= set(services)
 
 
 def test_volumes_and_networks_are_declared(compose: dict[str, Any], services: dict[str, Any]) -> None:

@@ -109,6 +109,11 @@ def test_data_root_and_mappings_are_shorthand_for_overrides(tmp_path: Path) -> N
         "distill.distill_layers=[-1]",
     ]
     assert override_strings(None) == []
+    template = {"kind": "classification", "prompt": "{text}"}
+    assert override_strings({"data": {"task": "custom", "template": template}}) == [
+        'data.task="custom"',
+        f"data.template={json.dumps(template)}",
+    ]
 
 
 def test_the_flow_is_typed_for_the_server() -> None:
