@@ -13,10 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -81,6 +81,7 @@ def execute(
     *,
     directory: Path,
     work_root: Path,
+    input_roots: Sequence[Path] = (),
     sources: Sequence[Path] = (),
     reads_metrics: bool = False,
     depends_on: Mapping[str, Any] | None = None,
@@ -94,25 +95,32 @@ def execute(
         run: `run(config, inputs, *, out_dir, work_dir, report, **context)`, which returns its final metrics.
         inputs: a dataclass of stage directories; of a field with metadata `reads` only files whose names begin so.
         directory: where the result appears; work_root: where the stage works until then.
+        input_roots: the work_roots of the stages in `inputs`, which no process replaces while this one reads them.
         sources: files outside the run that the stage reads (data, a checkpoint); their content counts.
         reads_metrics: the inputs' metrics, configuration and times count too, not only what they wrote.
         depends_on: what else makes another result (the threads of a benchmark, the format of a packed file).
         context: passed on; no part of the fingerprint (device, threads).
     """
-    outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
-    identity = {
-        "stage": stage,
-        "config": config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT),
-        "inputs": digest_inputs(type(inputs), outputs_of, reads_metrics=reads_metrics),
-        "version": __version__,
-        "sources": [[path.name, digest_file(path)] for path in sources],
-        **({"depends_on": dict(depends_on)} if depends_on else {}),
-    }
-    fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
-    with _locked(work_root), _full_disk_named(stage, work_root):
+    with ExitStack() as stack:
+        for root in input_roots:
+            stack.enter_context(_lock(root, fcntl.LOCK_SH))
+        outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
+        identity = {
+            "stage": stage,
+            "config": config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT),
+            "inputs": digest_inputs(type(inputs), outputs_of, reads_metrics=reads_metrics),
+            "version": __version__,
+            "sources": [[path.name, digest_file(path)] for path in sources],
+            **({"depends_on": dict(depends_on)} if depends_on else {}),
+        }
+        fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
+        kind = stack.enter_context(_lock(work_root, fcntl.LOCK_EX, fcntl.LOCK_SH))
+        stack.enter_context(_full_disk_named(stage, work_root))
         done = _finished(directory, fingerprint)
         if done is not None:
             return done
+        if kind == fcntl.LOCK_SH:
+            raise _busy(work_root)
         work_dir = work_root / fingerprint[:16]  # what another configuration left stays until the stage finishes
         out_dir = work_dir / "out"
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -134,22 +142,33 @@ def execute(
 
 
 @contextmanager
-def _locked(work_root: Path) -> Iterator[None]:
-    """Holds the stage for this process; the system frees it when the process ends, however it ends.
+def _lock(work_root: Path, *kinds: int) -> Iterator[int]:
+    """Holds a stage for this process, in the first of these kinds that can be had; the system frees it at the end.
 
     Raises:
         StageBusyError: another process holds it.
     """
     work_root.parent.mkdir(parents=True, exist_ok=True)
     with work_root.with_name(f"{work_root.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageBusyError(
-                f"another process is working on stage={work_root.name} of this run (path={work_root}); wait for it, or "
-                "give this run another name"
-            ) from None
-        yield
+        kind = next((kind for kind in kinds if _can_lock(file, kind)), None)
+        if kind is None:
+            raise _busy(work_root)
+        yield kind
+
+
+def _can_lock(file: TextIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _busy(work_root: Path) -> StageBusyError:
+    return StageBusyError(
+        f"another process is working on stage={work_root.name} of this run, or reads it (path={work_root}); wait for "
+        "it, or give this run another name"
+    )
 
 
 @contextmanager

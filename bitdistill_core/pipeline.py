@@ -130,6 +130,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         inputs,
         directory=node.directory(run_dir),
         work_root=run_dir / ".work" / node.name,
+        input_roots=[run_dir / ".work" / source for source in node.inputs.values()],
         sources=sources,
         reads_metrics=node.reads_metrics,
         depends_on=_depends_on(node),

@@ -72,6 +72,10 @@ class Step:
         """Where its result lies."""
         return store / self.name / self.recipe
 
+    def work_root(self, store: Path) -> Path:
+        """Where it is made."""
+        return store / ".work" / f"{self.name}-{self.recipe}"
+
     def before(self) -> list["Step"]:
         """Every step it needs, in the order to run them, each once, itself last."""
         steps = [step for source in self.inputs.values() for step in source.before()]
@@ -180,7 +184,8 @@ def run_cell(
             step.config,
             step.stage.Inputs(**{name: source.directory(store) for name, source in step.inputs.items()}),
             directory=directory,
-            work_root=store / ".work" / f"{step.name}-{step.recipe}",
+            work_root=step.work_root(store),
+            input_roots=[source.work_root(store) for source in step.inputs.values()],
             sources=step.stage.sources(step.config) if hasattr(step.stage, "sources") else (),
             report=report,
             device=device,

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from bitdistill_core.manifest import Metrics, Report, Result, execute, read_manifest
+from bitdistill_core.manifest import Metrics, Report, Result, StageBusyError, execute, read_manifest
 
 
 class Config(BaseModel):
@@ -301,3 +301,19 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, error: Exception)
     stage.error = None
     run(stage, tmp_path)
     assert (tmp_path / "out" / "a.txt").is_file()
+
+
+def test_a_stage_that_another_reads_is_found_but_not_replaced(tmp_path: Path) -> None:
+    source = Stage()
+    run(source, tmp_path, value=1)
+
+    def reader(config: Config, inputs: Inputs, *, out_dir: Path, **context: object) -> dict[str, float]:
+        assert run(source, tmp_path, value=1).was_up_to_date
+        with pytest.raises(StageBusyError, match="another process is working on stage=work of this run, or reads it"):
+            run(source, tmp_path, value=2)
+        return {"value": float((inputs.source / "a.txt").read_text())}
+
+    places = {"directory": tmp_path / "n", "work_root": tmp_path / "w", "input_roots": [tmp_path / "work"]}
+    found = execute("next", reader, Config(value=0), Inputs(tmp_path / "out"), **places)
+    assert found.metrics == {"value": 1.0}
+    assert not run(source, tmp_path, value=2).was_up_to_date  # free again
