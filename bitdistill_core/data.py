@@ -24,11 +24,11 @@ class Example:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's own leading special tokens if it has any."""
+    """Token ids of a prompt, with the tokenizer's own leading special tokens if it has any, and none behind it."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers also append the end
-    return ids
+    marked, plain = (tokenizer("x", add_special_tokens=marks)["input_ids"] for marks in (True, False))
+    num_trailing = len(marked) - len(plain) - int(marked[:1] != plain[:1])  # some append the end
+    return ids[: len(ids) - num_trailing]
 
 
 def leading_mark(tokenizer: PreTrainedTokenizerBase) -> list[int]:

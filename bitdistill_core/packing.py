@@ -230,6 +230,13 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     if size != expected_size:
         fault = "is truncated" if size < expected_size else "has bytes after its end"
         raise ValueError(f"path={path} {fault}: expected_bytes={expected_size} got bytes={size}; copy or pack it again")
+    for name, entry in header.items():
+        alignment = LINE_BYTES if name.endswith(STREAMED) else _DTYPES[entry["dtype"]].itemsize
+        if (data_begin + entry["data_offsets"][0]) % alignment:
+            raise ValueError(
+                f"path={path} is corrupted: tensor={name} begins at byte={data_begin + entry['data_offsets'][0]}, "
+                f"which is no multiple of {alignment}; copy or pack it again"
+            )
     config = EngineConfig.from_dict(json.loads(metadata["config"]))
     tensors = _map_tensors(file, header, data_begin)
     check_tensors(f"path={path}", config, tensors)

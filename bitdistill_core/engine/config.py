@@ -202,7 +202,7 @@ def _check_values(fields: dict[str, Any]) -> None:
         return type(value) is int and 0 < value < 2**31
 
     def is_number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+        return type(value) in (int, float) and -1e30 < value < 1e30
 
     def is_rope(value: Any) -> bool:
         if not isinstance(value, dict) or not isinstance(value.get("rope_type"), str):

@@ -18,7 +18,10 @@ from bitdistill_core.panels import panel_scales
 Floats = NDArray[np.float32]
 
 KV_DTYPES = ("float32", "float16")
-NOT_FINITE = "a model must compute finite logits; got NaN or infinity: its weights overflow float32; train it again"
+NOT_FINITE = (
+    "a model must compute finite numbers; got NaN or infinity: its weights overflow float32 (train it again), or its "
+    "keys and values float16 (take kv_dtype=float32)"
+)
 
 
 class Decoder:
@@ -76,11 +79,11 @@ class Decoder:
 
     def row_logits(self, hidden: Floats, rows: Sequence[int]) -> Floats:
         """(T, len(rows)) logits of some tokens of the vocabulary. Raises ValueError where one is not finite."""
-        return _finite(self._native.row_logits(hidden, list(rows)))
+        return require_finite(self._native.row_logits(hidden, list(rows)))
 
     def logits(self, hidden: Floats) -> Floats:
         """(T, V) logits. Raises ValueError where one is not finite."""
-        return _finite(self._native.logits(hidden))
+        return require_finite(self._native.logits(hidden))
 
     def top(self, hidden: Floats, count: int) -> list[tuple[int, float]]:
         """The `count` largest (token, logit) of one hidden state (1, padded D), exactly those of `logits`.
@@ -97,10 +100,11 @@ class Decoder:
         return self._native.top(hidden, count)[1]
 
 
-def _finite(logits: Floats) -> Floats:
-    if not np.isfinite(logits).all():
+def require_finite(numbers: Floats) -> Floats:
+    """The numbers. Raises ValueError where one is NaN or infinity."""
+    if not np.isfinite(numbers).all():
         raise ValueError(NOT_FINITE)
-    return logits
+    return numbers
 
 
 def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Floats:

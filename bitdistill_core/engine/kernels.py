@@ -85,7 +85,7 @@ def ternary_matmul(
     Args:
         x: (T, K) int8, C-contiguous.
         codes: `w_packed`, or `w_base3` for a kernel that streams it, C-contiguous: the layouts of
-            `bitdistill_core.panels`.
+            `bitdistill_core.panels`, which hold nothing but ternary codes (`is_sound`).
         n: N, rows of the unpadded matrix.
         num_threads: 0 for every core. The sums are the same at any number.
     Returns:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bitdistill_core.engine.batching import batches
 from bitdistill_core.engine.config import linear_layers
-from bitdistill_core.engine.decoder import Decoder, Floats
+from bitdistill_core.engine.decoder import Decoder, Floats, require_finite
 from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
 from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
@@ -25,6 +25,7 @@ from bitdistill_core.packing import PackedModel, read_packed
 Ids = NDArray[np.int32]
 
 PREFILL_TOKENS = 192  # of a prompt at once
+BRANCH_SLOTS = 32768  # positions whose keys and values the continuations of one context may take at once
 LOGIT_ROWS = 16  # rows of logits over the whole vocabulary at once
 
 
@@ -62,8 +63,7 @@ class Engine:
         A prompt that is too long loses tokens after its leading marks, as in training.
         """
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        if len(ids) > 1 and ids[-1] in self.config.eos_token_ids:
-            ids = ids[:-1]  # some tokenizers also append the end
+        ids = ids[: len(ids) - self.tokenizer.num_trailing]
         return ids if room is None else keep_end(ids, room, self.tokenizer.num_leading)
 
     def logits(self, ids: Sequence[int], *, last: bool = False) -> NDArray[np.float32]:
@@ -108,21 +108,28 @@ class Engine:
     def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability, and whether greedy decoding gives it.
 
-        A context that several pairs share is computed once.
+        A context that several pairs share is computed once, or once for every BRANCH_SLOTS positions of theirs.
         """
         if not pairs:
             raise ValueError("scoring needs at least one (context_ids, continuation_ids); got an empty batch")
         by_context: dict[tuple[int, ...], list[int]] = {}
         for index, (context, _) in enumerate(pairs):
             by_context.setdefault(tuple(context), []).append(index)
-        contexts = [self._checked(context, "prompt") for context in by_context]
-        targets = [[self._checked(pairs[i][1], "continuation") for i in indices] for indices in by_context.values()]
-        for tokens, continuations in zip(contexts, targets, strict=True):
+        contexts: list[Ids] = []
+        indices_of: list[list[int]] = []
+        targets: list[list[Ids]] = []
+        for context, indices in by_context.items():
+            tokens = self._checked(context, "prompt")
+            continuations = [self._checked(pairs[index][1], "continuation") for index in indices]
             length = len(tokens) + max(len(continuation) for continuation in continuations) - 1
             self._check_length(length, "prompt and continuation")
+            at_once = max(1, BRANCH_SLOTS // length)  # each holds the keys and values of its context
+            for begin in range(0, len(indices), at_once):
+                contexts.append(tokens)
+                indices_of.append(indices[begin : begin + at_once])
+                targets.append(continuations[begin : begin + at_once])
         branches = [[continuation[:-1] for continuation in continuations] for continuations in targets]
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        indices_of = list(by_context.values())
         for hidden, sequences in self._hidden(contexts, branches):
             log_probabilities = self._rows_of_log_probabilities(hidden)
             for order in sequences:
@@ -146,7 +153,7 @@ class Engine:
             hidden = np.concatenate([hidden for hidden, _ in self._hidden(tokens)])
         else:
             hidden = np.stack([self._decoder.forward([ids], range(len(ids))).mean(axis=0) for ids in tokens])
-        return np.ascontiguousarray(hidden[:, : self.config.hidden_size])
+        return require_finite(np.ascontiguousarray(hidden[:, : self.config.hidden_size]))
 
     def generate_ids(
         self,

@@ -51,7 +51,7 @@ def check_tensors(source: str, config: EngineConfig, tensors: Mapping[str, np.nd
 
 
 def check_numbers(source: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError, naming `source`, for NaN or infinity in a tensor, or a negative scale or norm of the head."""
+    """Raises ValueError, naming `source`, for NaN or infinity in a tensor, or scales or norms that bound nothing."""
     for name, tensor in tensors.items():
         if tensor.dtype == FLOAT32 and not np.isfinite(tensor).all():
             raise ValueError(
@@ -62,6 +62,16 @@ def check_numbers(source: str, tensors: Mapping[str, np.ndarray]) -> None:
                 f"scales and norms of an embedding are at least 0; got {tensor.min()} in tensor={name} ({source}); "
                 "pack it again"
             )
+        if name.endswith("row_scale") and not _is_moderate(tensor).all():
+            raise ValueError(
+                f"row scales of an embedding are 0 or from 1e-30 to 1e30; got {tensor[~_is_moderate(tensor)][0]} in "
+                f"tensor={name} ({source}); pack it again"
+            )
+
+
+def _is_moderate(scales: np.ndarray) -> np.ndarray:
+    """Whether sums of products with them neither overflow float32 nor vanish in it."""
+    return (scales == 0) | ((scales >= 1e-30) & (scales <= 1e30))
 
 
 def _expected_tensors(config: EngineConfig, encoding: Encoding, block_size: int | None) -> Expected:

@@ -35,6 +35,11 @@ class EngineTokenizer:
         """Marks that `encode` with special tokens puts before a text: 1 (a BOS) or 0."""
         return int(self.encode("x", add_special_tokens=True)[:1] != self.encode("x")[:1])
 
+    @cached_property
+    def num_trailing(self) -> int:
+        """Marks that `encode` with special tokens puts behind a text: some append the end of text."""
+        return len(self.encode("x", add_special_tokens=True)) - len(self.encode("x")) - self.num_leading
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -46,21 +51,21 @@ class EngineTokenizer:
     def stream(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as `ids` arrive after `prompt_ids`; their sum is the text that follows the prompt.
 
-        A piece waits until its characters are whole: bytes of one character may be spread over tokens. The last
-        prompt tokens are decoded along, because a first word may lose its leading space when decoded alone.
+        A piece waits until its characters are whole: bytes of one character may be spread over tokens. The tokens of
+        the piece before are decoded along, because a first word may lose its leading space when decoded alone, and
+        they begin with a whole character, because tokens that are bytes decode to nothing right from the middle of one.
         """
-        window = list(prompt_ids[-4:])
-        emitted = self.decode(window)
+        windows = (list(prompt_ids[-length:]) for length in range(4, 8))
+        window = next((w for w in windows if REPLACEMENT not in self.decode(w)), list(prompt_ids[-4:]))
+        known = len(window)  # tokens of the window whose text is out
         for token in ids:
             window.append(token)
-            text = self.decode(window)
-            if text.endswith(REPLACEMENT):
-                continue
-            if len(text) > len(emitted):
+            emitted, text = self.decode(window[:known]), self.decode(window)
+            if len(text) > len(emitted) and not text.endswith(REPLACEMENT):
                 yield text[len(emitted) :]
-            window = window[-4:]
-            emitted = self.decode(window)
-        text = self.decode(window)
+                window = window[known:]
+                known = len(window)
+        emitted, text = self.decode(window[:known]), self.decode(window)
         if len(text) > len(emitted):
             yield text[len(emitted) :]
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from bitdistill_core.data import encode_prompt
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
@@ -338,6 +339,36 @@ def test_characters_of_several_tokens_are_streamed_whole() -> None:
     assert len(ids) > len(text)
     assert list(tokenizer.stream(tokenizer.encode("x"), ids)) == list(text)
     assert "".join(tokenizer.stream([], ids[:-1])) == text[:-1] + "\ufffd"
+
+
+@pytest.mark.parametrize("text", ["世界和平ab", "é日本a", "日日日", "👩\u200d🚀a", "a 世 ab", "жд"])
+def test_characters_of_byte_tokens_are_streamed_whole(text: str) -> None:
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "a": 257, "b": 258, "x": 259}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Replace(" ", "\u2581")
+    replace = decoders.Replace("\u2581", " ")
+    raw.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = EngineTokenizer(raw.to_str().encode())
+    ids = tokenizer.encode(text)
+    for prompt in ("x", "", "世界", "a世a世"):
+        assert list(tokenizer.stream(tokenizer.encode(prompt), ids)) == list(text)
+
+
+def test_only_marks_that_the_tokenizer_puts_behind_a_text_are_dropped(qwen3: tuple[Engine, nn.Module]) -> None:
+    engine, _ = qwen3
+    end = EOS
+    plain = engine.prompt_ids("ab")
+    assert engine.prompt_ids("ab<eos>") == [*plain, end]
+    raw = Tokenizer.from_str(tokenizer_json().decode())
+    marks = [("<bos>", BOS), ("<eos>", end)]
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=marks)
+    appending = EngineTokenizer(raw.to_str().encode())
+    assert (appending.num_leading, appending.num_trailing) == (1, 1)
+    for tokenizer, mark in ((tokenizer_json(), []), (raw.to_str().encode(), [end])):
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_buffer(tokenizer), eos_token="<eos>")
+        assert fast("ab")["input_ids"] == [*plain, *mark]
+        assert encode_prompt(fast, "ab") == plain
+        assert encode_prompt(fast, "ab<eos>") == [*plain, end]
 
 
 def test_generation_stops_before_a_stop_string_spread_over_pieces() -> None:

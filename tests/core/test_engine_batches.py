@@ -50,7 +50,9 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch(pair: tuple[Engine
     np.testing.assert_array_equal(alone, whole[:, labels])
 
 
-def test_continuations_of_one_prompt_do_not_see_each_other(pair: tuple[Engine, nn.Module]) -> None:
+def test_continuations_of_one_prompt_do_not_see_each_other(
+    pair: tuple[Engine, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, model = pair
     prompts = random_sequences(0, [9, 20, 3], prefix=6)
     answers = random_sequences(1, [1, 4, 2, 4])
@@ -58,6 +60,9 @@ def test_continuations_of_one_prompt_do_not_see_each_other(pair: tuple[Engine, n
     scores = engine.score_ids(pairs)
     assert scores == [engine.score_ids([single])[0] for single in pairs]
     assert scores[::-1] == engine.score_ids(pairs[::-1])
+    for slots in (1, 30, 60):  # so that one, or two to six, are computed at once
+        monkeypatch.setattr("bitdistill_core.engine.model.BRANCH_SLOTS", slots)
+        assert scores == engine.score_ids(pairs)
     for (prompt, answer), (log_probability, _) in zip(pairs, scores, strict=True):
         rows = torch.tensor(reference_logits(model, prompt + answer)).log_softmax(-1)[len(prompt) - 1 : -1]
         expected = float(rows[torch.arange(len(answer)), answer].sum())

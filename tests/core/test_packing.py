@@ -87,8 +87,10 @@ def split_file(path: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
-def join_file(path: Path, header: dict[str, Any], data: bytes) -> None:
+def join_file(path: Path, header: dict[str, Any], data: bytes, *, shift: int = 0) -> None:
+    """A file whose tensors begin `shift` bytes behind a multiple of 64."""
     encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64 + shift)
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
@@ -330,6 +332,35 @@ def test_refuses_nan_behind_right_checksums(packed_file: Path) -> None:
     join_file(packed_file, header, bytes(damaged))
     with pytest.raises(ValueError, match=r"finite numbers only; got NaN or infinity in tensor=model\.norm\.weight"):
         read_packed(packed_file)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 4, 32])
+def test_refuses_tensors_that_are_not_aligned(packed_file: Path, shift: int) -> None:
+    header, data = split_file(packed_file)
+    join_file(packed_file, header, data)
+    read_packed(packed_file)
+    join_file(packed_file, header, data, shift=shift)
+    with pytest.raises(ValueError, match=r"is corrupted: tensor=.* begins at byte=\d+, which is no multiple of"):
+        read_packed(packed_file)
+
+
+def test_refuses_a_number_beyond_any_float_in_the_config(packed_file: Path) -> None:
+    header, _ = split_file(packed_file)
+    config = json.dumps(json.loads(header["__metadata__"]["config"]) | {"rms_norm_eps": 10**400})
+    with_metadata(packed_file, config=config, config_sha256=hashlib.sha256(config.encode()).hexdigest())
+    with pytest.raises(ValueError, match="rms_norm_eps"):
+        read_packed(packed_file)
+
+
+@pytest.mark.parametrize("scale", [1e37, 1e-37])
+def test_refuses_row_scales_with_which_nothing_can_be_bounded(tmp_path: Path, scale: float) -> None:
+    arguments = student_arguments()
+    rows = arguments["embeddings"]["model.embed_tokens"]
+    rows.row_scale[3] = 0.0
+    write_student(tmp_path / "m", **arguments)
+    rows.row_scale[3] = scale
+    with pytest.raises(ValueError, match="row scales of an embedding are 0 or from 1e-30 to 1e30; got "):
+        write_student(tmp_path / "m", **arguments)
 
 
 def test_says_when_the_config_is_corrupted(packed_file: Path) -> None:

@@ -33,7 +33,7 @@ Header = dict[str, Any]
 Mutation = Callable[[random.Random, Header, bytearray], None]
 
 STRANGE: list[Any] = [
-    *(-1, 0, 1, 2, 3, 7, 16, 17, 31, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**30, -(2**63)),
+    *(-1, 0, 1, 2, 3, 7, 16, 17, 31, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**30, 10**400, -(2**63)),
     *(0.5, -0.0, 1e-30, 1e30, 1e300, math.nan, math.inf, -math.inf, True, False, None, "", "full_attention", "\0"),
     *([], [1], [[]], {}, {"rope_type": "default"}, [None], "F32", "U8", "I64"),
 ]
@@ -66,9 +66,9 @@ def split(content: bytes) -> tuple[Header, bytearray]:
     return json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
 
 
-def join(header: Header, data: bytes) -> bytes:
+def join(header: Header, data: bytes, shift: int = 0) -> bytes:
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % 64)
+    encoded += b" " * (-(8 + len(encoded)) % 64 + shift)
     return struct.pack("<Q", len(encoded)) + encoded + bytes(data)
 
 
@@ -193,7 +193,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
             continue  # an earlier mutation removed what this one changes
     if rng.random() < 0.9 and isinstance(header.get("__metadata__"), dict):
         reseal(header, data)
-    return join(header, data)
+    return join(header, data, rng.choice([1, 4, 16]) if rng.random() < 0.02 else 0)
 
 
 def run(path: Path, kernel: str) -> bool:

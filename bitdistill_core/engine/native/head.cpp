@@ -178,7 +178,8 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
       for (int r = 0; r < filled; ++r) {
         const float scale = rows.row_scale[first + r], error = rows.scan_error[first + r];
         values[r] = half_scale * float(int32_t(16 * uint32_t(sums[first + r]) + middle)) * scale;
-        bounds[r] = values[r] + scale * (per_error * error + per_row_norm * rows.row_norm[first + r]);
+        const float bound = values[r] + scale * (per_error * error + per_row_norm * rows.row_norm[first + r]);
+        bounds[r] = bound == bound ? bound : INFINITY;  // beyond float32 nothing is known
       }
     };
     if (count == kPanelRows) return fill(kPanelRows);

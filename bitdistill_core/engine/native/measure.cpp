@@ -117,6 +117,9 @@ double measure_multiply_add_ceiling(int num_threads, double seconds) {
 }
 
 double measure_read_bandwidth(int num_threads, int megabytes) {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2")) throw std::runtime_error("the read bandwidth is measured with AVX2");
+#endif
   Team team(num_threads);
   const std::size_t num_lines = std::size_t(megabytes) * 1000000 / 64;
   Buffer<uint64_t> block;

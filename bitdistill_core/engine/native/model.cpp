@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 namespace bitdistill {
 namespace {
@@ -30,6 +32,9 @@ constexpr int kChunkTokens = 16 * kTileTokens;
 
 // Rows of attention that a thread takes at once.
 constexpr int kShareRows = 8 * kTileTokens;
+
+// Positions whose keys and values a workspace keeps between calls.
+constexpr int kKeptSlots = 8192;
 
 }  // namespace
 
@@ -62,7 +67,9 @@ struct Model::Batch {
         position_of.push_back(segments[s].start + i);
       }
       num_tokens += segments[s].length;
-      num_slots += round_up(segments[s].start + segments[s].length, kKeyBlock);
+      const int64_t end = int64_t(num_slots) + round_up(segments[s].start + segments[s].length, kKeyBlock);
+      if (end > INT32_MAX) throw std::invalid_argument("a batch has too many segments behind long ones");
+      num_slots = int(end);
       last_position = std::max(last_position, segments[s].start + segments[s].length);
     }
   }
@@ -91,14 +98,16 @@ Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_n
 Model::~Model() = default;
 
 std::unique_ptr<Model::Workspace> Model::take_workspace() {
-  const std::lock_guard<std::mutex> lock(idle_mutex_);
-  if (idle_.empty()) {
-    auto workspace = std::make_unique<Workspace>();
-    workspace->scratch.resize(team_.num_threads());
-    return workspace;
+  if (keeps_workspaces()) {
+    const std::lock_guard<std::mutex> lock(idle_mutex_);
+    if (!idle_.empty()) {
+      std::unique_ptr<Workspace> workspace = std::move(idle_.back());
+      idle_.pop_back();
+      return workspace;
+    }
   }
-  std::unique_ptr<Workspace> workspace = std::move(idle_.back());
-  idle_.pop_back();
+  auto workspace = std::make_unique<Workspace>();
+  workspace->scratch.resize(team_.num_threads());
   return workspace;
 }
 
@@ -185,6 +194,8 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
     std::memset(row + config.hidden_size, 0, sizeof(float) * (hidden_stride - config.hidden_size));
   }
   if (cache != nullptr) cache->length += batch.num_tokens;
+  if (!keeps_workspaces()) return;
+  if (space.layer_cache && space.layer_cache->capacity > kKeptSlots) space.layer_cache.reset();
   const std::lock_guard<std::mutex> lock(idle_mutex_);
   idle_.push_back(std::move(workspace));
 }

@@ -2,6 +2,8 @@
 // ternary products, which are exact integers.
 #pragma once
 
+#include <unistd.h>
+
 #include <mutex>
 #include <vector>
 
@@ -81,12 +83,15 @@ class Model {
   bool is_single(const Batch& batch, const Tokens& tokens) const;
   KeyValueHead head_of(Workspace& workspace, const Batch& batch, int layer, int segment, int kv_head) const;
   void softcap(float* logits, std::size_t count) const;
+  // A forked child has workspaces of its own: another thread may have held the mutex when it was forked.
+  bool keeps_workspaces() const { return getpid() == owner_; }
   std::unique_ptr<Workspace> take_workspace();
 
   std::vector<Layer> layers_;
   const float* final_norm_;
   Int8Rows embedding_, head_;
   Team team_;
+  const pid_t owner_ = getpid();
   std::mutex idle_mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;  // kept from call to call, one for each caller at a time
 };
