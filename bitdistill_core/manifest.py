@@ -57,9 +57,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: the stage has not finished there, or a file is missing, cut short or changed since.
     """
+    _require_finished(directory)
     path = directory / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"no finished stage in path={directory} ({MANIFEST} is missing); run that stage first")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         outputs: Mapping[str, str] = manifest["outputs"]
@@ -71,6 +70,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             state = "changed" if file.is_file() else "missing"
             raise ValueError(f"{state} file path={file} since its stage finished; delete {directory} and run it again")
     return manifest
+
+
+def _require_finished(directory: Path) -> None:
+    if not (directory / MANIFEST).is_file():
+        raise ValueError(f"no finished stage in path={directory} ({MANIFEST} is missing); run that stage first")
 
 
 def execute(
@@ -101,6 +105,8 @@ def execute(
         depends_on: what else makes another result (the threads of a benchmark, the format of a packed file).
         context: passed on; no part of the fingerprint (device, threads).
     """
+    for read in fields(inputs):
+        _require_finished(getattr(inputs, read.name))  # before a lock makes a directory
     with ExitStack() as stack:
         for root in input_roots:
             stack.enter_context(_lock(root, fcntl.LOCK_SH))
