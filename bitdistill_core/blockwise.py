@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,9 +25,12 @@ from transformers import PreTrainedModel
 
 from bitdistill_core import train
 from bitdistill_core.block_outputs import hidden_kd_loss
-from bitdistill_core.losses import Batch
+from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
+from bitdistill_core.replay import ReplayedLoss
+
+LENGTHS_ON_GPU = 16  # sequences there are padded to multiples of it, so that few graphs are recorded
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,22 @@ class BlockBatch:
     def to(self, device: torch.device) -> "BlockBatch":
         """The same batch on a device."""
         return BlockBatch(self.batch.to(device), self.states.to(device), self.target.to(device))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """B, T and D."""
+        return tuple(self.states.shape)
+
+    def static(self) -> "BlockBatch":
+        """A copy whose tensors can be overwritten; its distance is a sum, for totals are no tensors."""
+        batch = replace(self.batch, lengths=self.lengths.clone(), totals=Totals(1, 1, 1))
+        return BlockBatch(batch, self.states.clone(), self.target.clone())
+
+    def copy_(self, other: "BlockBatch") -> None:
+        """What `hidden_kd_loss` reads of another batch, but for its totals."""
+        self.states.copy_(other.states)
+        self.target.copy_(other.target)
+        self.lengths.copy_(other.lengths)
 
 
 def train_blocks(
@@ -78,7 +97,7 @@ def train_blocks(
     """
     nn.Module.to(student, device).eval()
     _take_over_frame(student, teacher)
-    flat = [batch.to(device) for step in steps for batch in step]
+    flat = [batch.padded(LENGTHS_ON_GPU if device.type == "cuda" else 1).to(device) for step in steps for batch in step]
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}
@@ -98,7 +117,7 @@ def train_blocks(
                 train.fit(
                     block,
                     partial(_step_batches, flat, ends, ours.hidden, theirs.hidden, [seed, index]),
-                    lambda micro: {"hidden_kd": hidden_kd_loss([ours.run(micro.states)], [micro.target], micro.batch)},
+                    _loss_fn(ours, device),
                     name=name,
                     title=f"{name} {index + 1}/{num_blocks}",
                     num_steps=num_steps,
@@ -112,13 +131,25 @@ def train_blocks(
                 _save(block, finished)
             ours.advance()
             errors = [
-                float(hidden_kd_loss([student_states], [teacher_states], batch))
+                hidden_kd_loss([student_states], [teacher_states], batch)
                 for student_states, teacher_states, batch in zip(ours.hidden, theirs.hidden, flat, strict=True)
             ]
-            metrics = {f"{name}/block_error": sum(errors) / len(steps)}
+            metrics = {f"{name}/block_error": float(torch.stack(errors).double().sum()) / len(steps)}
             report(metrics, (index + 1) * num_steps)
     (work_dir / METRICS).write_text(json.dumps(metrics))
     return metrics
+
+
+def _loss_fn(passage: Passage, device: torch.device) -> train.LossFn:
+    """The distance of the present block's output from its target."""
+
+    def distance(micro: BlockBatch) -> Tensor:
+        return hidden_kd_loss([passage.run(micro.states)], [micro.target], micro.batch)
+
+    if device.type == "cuda":
+        replayed = ReplayedLoss(distance, list(passage.block.parameters()))
+        return lambda micro: {"hidden_kd": replayed(micro) / micro.batch.totals.num_tokens}
+    return lambda micro: {"hidden_kd": distance(micro)}
 
 
 def read_block_metrics(work_dir: Path) -> Metrics:

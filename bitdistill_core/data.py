@@ -1,6 +1,6 @@
 """Task examples: prompts and answers as tokens, and the batches of a training step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,21 @@ class Example:
     is_cut: bool = False  # whether it was longer
 
 
+PROMPTS_AT_ONCE = 4096  # that a fast tokenizer encodes side by side
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own leading special tokens if it has any, and none behind it."""
-    ids: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    return next(encode_prompts(tokenizer, [prompt]))
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Iterator[list[int]]:
+    """`encode_prompt` of each, many times faster."""
     marked, plain = (tokenizer("x", add_special_tokens=marks)["input_ids"] for marks in (True, False))
     num_trailing = len(marked) - len(plain) - int(marked[:1] != plain[:1])  # some append the end
-    return ids[: len(ids) - num_trailing]
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        for ids in tokenizer(list(prompts[start : start + PROMPTS_AT_ONCE]), add_special_tokens=True)["input_ids"]:
+            yield ids[: len(ids) - num_trailing]
 
 
 def leading_mark(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -76,8 +85,8 @@ def load_examples(
     unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
     leading = len(leading_mark(tokenizer))
     examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        prompt_ids, whole = encode_prompt(tokenizer, prompt), unique_answers[answer]
+    for prompt_ids, answer in zip(encode_prompts(tokenizer, prompts), answers, strict=True):
+        whole = unique_answers[answer]
         answer_ids = whole[: max(1, max_length // 2)] if is_generation else whole
         room = max_length - len(answer_ids)
         if room < 2:

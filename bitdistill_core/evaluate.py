@@ -235,9 +235,9 @@ def score_examples(
     rows = pq.read_table(examples).to_pylist()
     if is_generation:
         return _score_texts(rows, _generate(scorer, [row["prompt"] for row in rows], max_new_tokens, name, kept))
-    requests = [
-        (scorer.encode_prompt(row["prompt"]), scorer.encode_answer(choice)) for row in rows for choice in row["choices"]
-    ]
+    answers = {choice: scorer.encode_answer(choice) for row in rows for choice in row["choices"]}
+    prompts = [scorer.encode_prompt(row["prompt"]) for row in rows]
+    requests = [(ids, answers[c]) for ids, row in zip(prompts, rows, strict=True) for c in row["choices"]]
     scores = np.empty(len(requests))
     with progress_bar(f"evaluate {name}", total=len(requests), unit="answer") as bar:
         for index, log_prob in scorer.score(requests):

@@ -42,6 +42,12 @@ class Batch:
         """(B, T) bool, False at padding."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device)[None] < self.lengths[:, None]
 
+    def padded(self, multiple: int) -> "Batch":
+        """The same batch with T a multiple of `multiple`."""
+        more = -self.input_ids.shape[1] % multiple
+        ids, labels = F.pad(self.input_ids, (0, more)), F.pad(self.labels, (0, more), value=-100)
+        return Batch(ids, labels, self.lengths, self.totals)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device), self.totals)

@@ -109,7 +109,7 @@ def execute(
         _require_finished(getattr(inputs, read.name))  # before a lock makes a directory
     with ExitStack() as stack:
         for root in input_roots:
-            stack.enter_context(_lock(root, fcntl.LOCK_SH))
+            stack.enter_context(locked(root, fcntl.LOCK_SH))
         outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
         identity = {
             "stage": stage,
@@ -120,7 +120,7 @@ def execute(
             **({"depends_on": dict(depends_on)} if depends_on else {}),
         }
         fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
-        kind = stack.enter_context(_lock(work_root, fcntl.LOCK_EX, fcntl.LOCK_SH))
+        kind = stack.enter_context(locked(work_root, fcntl.LOCK_EX, fcntl.LOCK_SH))
         stack.enter_context(_full_disk_named(stage, work_root))
         done = _finished(directory, fingerprint)
         if done is not None:
@@ -148,8 +148,8 @@ def execute(
 
 
 @contextmanager
-def _lock(work_root: Path, *kinds: int) -> Iterator[int]:
-    """Holds a stage for this process, in the first of these kinds that can be had; the system frees it at the end.
+def locked(work_root: Path, *kinds: int) -> Iterator[int]:
+    """Holds a stage for this process, in the first of these kinds (fcntl's) that can be had; the system frees it.
 
     Raises:
         StageBusyError: another process holds it.

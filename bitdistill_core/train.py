@@ -84,8 +84,7 @@ def fit(
     optimizer = _optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, adam_beta2=adam_beta2)
     balance = _Balance(balance_grad_norms)
     start = _resume(work_dir, model, optimizer, balance)
-    window: dict[str, float] = {}
-    num_tokens, window_steps, last_report, metrics = 0, 0, time.perf_counter(), {}
+    window, last_report, metrics = _Window(name, work_dir), time.perf_counter(), {}
     with progress_bar(title or name, total=num_steps, initial=start, unit="step") as bar:
         for step in range(start, num_steps):
             torch.manual_seed(seed * 1_000_003 + step)
@@ -108,31 +107,75 @@ def fit(
                 parts = {part: value * balance.scale(part) for part, value in parts.items()}
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
-                for part, value in {"loss": loss, **parts}.items():
-                    window[part] = window.get(part, 0.0) + float(value.detach())
-                num_tokens += int(batch.lengths.sum())
-            grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-            _require_finite(name, step, window, grad_norm, work_dir)
+                window.add(step, {"loss": loss, **parts, "num_tokens": batch.lengths.sum()})
+            window.add(step, {"grad_norm": nn.utils.clip_grad_norm_(parameters, max_grad_norm)})
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            window_steps += 1
             is_last = step + 1 == num_steps
-            if (step + 1) % checkpoint_every == 0 and not is_last:  # before a report, which may end the process
+            saves, reports = (step + 1) % checkpoint_every == 0 and not is_last, (step + 1) % report_every == 0
+            if saves or reports or is_last:
+                window.read()
+            if saves:  # before a report, which may end the process
                 _save(work_dir, step + 1, model, optimizer, balance)
-            if (step + 1) % report_every == 0 or is_last:
+            if reports or is_last:
                 now = time.perf_counter()
-                metrics = {f"{name}/{part}": value / window_steps for part, value in window.items()}
+                means, grad_norm, num_tokens = window.close()
+                metrics = {f"{name}/{part}": value for part, value in means.items()}
                 metrics[f"{name}/learning_rate"] = learning_rate * factor
                 metrics[f"{name}/grad_norm"] = grad_norm
                 metrics[f"{name}/tokens_per_second"] = num_tokens / max(now - last_report, 1e-9)
                 bar.set_postfix(loss=f"{metrics[f'{name}/loss']:.3f}", refresh=False)
-                window, window_steps, num_tokens, last_report = {}, 0, 0, now
+                last_report = now
                 report(metrics, step + 1)
             if part_norms:
                 report({f"{name}/grad_norm_{part}": value for part, value in part_norms.items()}, step + 1)
             bar.update()
     model.eval()
     return metrics
+
+
+class _Window:
+    """What training says of the steps since the last report. Read together, as each value that is read stops a GPU."""
+
+    def __init__(self, name: str, work_dir: Path) -> None:
+        self.name, self.work_dir = name, work_dir
+        self.unread: list[tuple[int, str, Tensor]] = []
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def add(self, step: int, values: dict[str, Tensor]) -> None:
+        """Adds to the step's values."""
+        self.unread += [(step, part, value.detach()) for part, value in values.items()]
+
+    def read(self) -> None:
+        """Raises ValueError at the first step with a value that is not finite."""
+        if not self.unread:
+            return
+        read = torch.stack([value.double() for _, _, value in self.unread]).tolist()
+        for (step, part, _), value in zip(self.unread, read, strict=True):
+            values = self.steps.setdefault(step, {})
+            values[part] = values.get(part, 0.0) + value
+        self.unread = []
+        for step, values in self.steps.items():
+            bad = [part for part, value in values.items() if not math.isfinite(value)]
+            if bad:
+                kept = _latest(self.work_dir)
+                raise ValueError(
+                    f"{self.name} diverged at step={step + 1}: {', '.join(bad)} is not finite; the last good "
+                    f"checkpoint is {kept.name if kept else 'none'}; lower the learning_rate of {self.name} and run "
+                    "again"
+                )
+
+    def close(self) -> tuple[dict[str, float], float, int]:
+        """Means of the parts over the steps that were read, the last gradient norm, and the tokens; begins anew."""
+        totals: dict[str, float] = {}
+        for values in self.steps.values():
+            for part, value in values.items():
+                totals[part] = totals.get(part, 0.0) + value
+        num_steps, last = len(self.steps), self.steps[max(self.steps)]["grad_norm"]
+        num_tokens = int(totals.pop("num_tokens"))
+        totals.pop("grad_norm")
+        self.steps = {}
+        return {part: value / num_steps for part, value in totals.items()}, last, num_tokens
 
 
 class _Balance:
@@ -170,17 +213,6 @@ def _part_grad_norms(parts: LossParts, parameters: Sequence[Tensor]) -> dict[str
         squares = [g.float().square().sum() for g in grads if g is not None]
         norms[part] = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
     return norms
-
-
-def _require_finite(name: str, step: int, window: dict[str, float], grad_norm: float, work_dir: Path) -> None:
-    values = {**window, "grad_norm": grad_norm}
-    bad = [part for part, value in values.items() if not math.isfinite(value)]
-    if bad:
-        kept = _latest(work_dir)
-        raise ValueError(
-            f"{name} diverged at step={step + 1}: {', '.join(bad)} is not finite; the last good checkpoint is "
-            f"{kept.name if kept else 'none'}; lower the learning_rate of {name} and run again"
-        )
 
 
 def compute_dtype(precision: Literal["float32", "bfloat16"]) -> torch.dtype:

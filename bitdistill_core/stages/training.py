@@ -16,6 +16,7 @@ from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.blockwise import read_block_metrics, train_blocks
+from bitdistill_core.compiled import compile_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
@@ -48,6 +49,7 @@ def train_on_corpus(
     if num_steps == 0:
         return {}
     add_dropout(model, config.dropout)
+    compile_blocks(model, device)
     batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     num_epochs = num_steps * config.batch_size / batches.num_blocks
     report({f"{name}/corpus_epochs": num_epochs}, 0)
@@ -79,6 +81,7 @@ def train_on_task(
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
+    compile_blocks(model, device)
     batches = task_batches(model, tokenizer, config, data)
     cut_share = sum(example.is_cut for example in batches.examples) / len(batches.examples)
     report({f"{name}/cut_share": cut_share}, 0)
@@ -178,6 +181,7 @@ def train_blockwise(
     if train.has_checkpoint(work_dir):  # the training that follows has begun
         return read_block_metrics(work_dir / "blockwise")
     require_same_blocks(student, teacher, f"{name}.blockwise")
+    compile_blocks(student, device)
     steps: list[Sequence[losses.Batch]] = []
     num_tokens = 0
     for step in range(num_steps):
@@ -276,6 +280,7 @@ def load_teacher(
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(train.compute_dtype(config.precision))
     nn.Module.to(teacher.requires_grad_(False), device)
+    compile_blocks(teacher, device)
     return teacher, tokenizer
 
 

@@ -6,6 +6,7 @@ is finished when its file names the recipe that the plan asks for, and the local
 are found, have not changed; checkpoints may be gone by then.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from bitdistill_core.manifest import (
     digest_file,
     discard,
     execute,
+    locked,
     read_manifest,
 )
 from bitdistill_core.report.weights import summarize
@@ -164,10 +166,19 @@ def _known_digest(path: Path, modified: int) -> str:
 def run_cell(
     plan: Plan, cell: Cell, *, store: Path, results: Path, data_root: str | None, report: Report = discard
 ) -> dict[str, Any]:
-    """Runs what is missing of a cell's stages, evaluates its model and writes its result."""
-    done = read_result(plan, cell, results, data_root=data_root)
-    if done is not None:
-        return done
+    """Runs what is missing of a cell's stages, evaluates its model and writes its result.
+
+    Raises:
+        StageBusyError: another process runs the cell, or a stage that it needs.
+    """
+    with locked(store / ".work" / "-".join(("cell", *cell.path.with_suffix("").parts)), fcntl.LOCK_EX):
+        done = read_result(plan, cell, results, data_root=data_root)
+        return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
+
+
+def _run_cell(
+    plan: Plan, cell: Cell, store: Path, results: Path, data_root: str | None, report: Report
+) -> dict[str, Any]:
     last = chain(plan, cell, data_root=data_root)
     params = plan.params(cell, data_root=data_root)
     device = prepare_runtime(params.runtime)

@@ -1,4 +1,8 @@
-"""Runs the cells of a plan: what is finished is found, what fails is told at the end, and time is kept to."""
+"""Runs the cells of a plan: what is finished is found, what fails is told at the end, and time is kept to.
+
+Several processes may run one plan in the same folders: each takes the next cell that no other one works on. On a GPU
+that a small model does not fill this is the way to fill it.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitdistill_core.manifest import StageBusyError
 from bitdistill_core.tables.cell import discard_checkpoints, read_result, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
+
+POLL_SECONDS = 2.0  # between two looks at cells that other processes work on
 
 Tell = Callable[[str], None]
 RunCell = Callable[..., dict[str, Any]]  # takes what `run_cell` takes, and does it
@@ -74,27 +81,43 @@ def run_plan(
     pending, outcome = found.left, Outcome(found.finished)
     others = [cell for cell in planned if cell not in cells]
     needing = found.left + survey(plan, others, results, data_root=data_root).left
-    for number, cell in enumerate(pending):
-        place = f"[{len(cells) - len(pending) + number + 1}/{len(cells)}] {cell}"
-        tell(place)
-        started = time.monotonic()
-        try:
-            keep_time({}, 1)
-            result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
-        except OutOfTime:
-            outcome.left = pending[number:]
-            tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(outcome.left)}")
+    queue, told = list(pending), set[Cell]()
+    while queue:
+        # from the first again after each: what it waited for may be there now
+        for cell in queue:
+            place = f"[{len(cells) - len(queue) + 1}/{len(cells)}] {cell}"
+            started = time.monotonic()
+            try:
+                keep_time({}, 1)
+                if cell not in told:
+                    tell(place)
+                    told.add(cell)
+                result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
+            except StageBusyError:
+                continue
+            except OutOfTime:
+                outcome.left = queue
+                tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(queue)}")
+                return outcome
+            except (
+                ValueError,
+                RuntimeError,
+            ) as error:  # one that diverges, or is too large for the GPU, costs no other
+                outcome.failed[cell] = " ".join(str(error).split())
+                tell(f"failed: {cell}: {outcome.failed[cell]}")
+                queue.remove(cell)
+                break
+            queue.remove(cell)
+            outcome.finished.append(cell)
+            headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+            tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
+            if on_result is not None:
+                on_result(cell, result)
+            if cell in planned and not keep_checkpoints:
+                # a cell that failed needs its checkpoints again, when its cause is mended
+                unfinished = [other for other in needing if other not in outcome.finished]
+                discard_checkpoints(plan, store, [cell], unfinished)
             break
-        except (ValueError, RuntimeError) as error:  # one that diverges, or is too large for the GPU, costs no other
-            outcome.failed[cell] = " ".join(str(error).split())
-            tell(f"failed: {cell}: {outcome.failed[cell]}")
-            continue
-        outcome.finished.append(cell)
-        headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
-        if on_result is not None:
-            on_result(cell, result)
-        if cell in planned and not keep_checkpoints:
-            # a cell that failed needs its checkpoints again, when its cause is mended
-            discard_checkpoints(plan, store, [cell], [other for other in needing if other not in outcome.finished])
+        else:  # other processes work on all that is left, or on what it needs
+            time.sleep(POLL_SECONDS)
     return outcome
