@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill_core.losses import Batch
+from bitdistill_core.replay import observed
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def captured_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     layers = model.get_decoder().layers
     handles = [layers[0].register_forward_pre_hook(begin), *(layer.register_forward_hook(keep) for layer in layers)]
     try:
-        yield outputs
+        with observed(model, outputs):
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -10,8 +10,8 @@ and head are the teacher's from the start: its hidden states mean nothing to ano
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -28,9 +28,7 @@ from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
-from bitdistill_core.replay import ReplayedLoss
-
-LENGTHS_ON_GPU = 16  # sequences there are padded to multiples of it, so that few graphs are recorded
+from bitdistill_core.replay import LENGTH_MULTIPLE, Replay
 
 
 @dataclass(frozen=True)
@@ -49,22 +47,6 @@ class BlockBatch:
     def to(self, device: torch.device) -> "BlockBatch":
         """The same batch on a device."""
         return BlockBatch(self.batch.to(device), self.states.to(device), self.target.to(device))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """B, T and D."""
-        return tuple(self.states.shape)
-
-    def static(self) -> "BlockBatch":
-        """A copy whose tensors can be overwritten; its distance is a sum, for totals are no tensors."""
-        batch = replace(self.batch, lengths=self.lengths.clone(), totals=Totals(1, 1, 1))
-        return BlockBatch(batch, self.states.clone(), self.target.clone())
-
-    def copy_(self, other: "BlockBatch") -> None:
-        """What `hidden_kd_loss` reads of another batch, but for its totals."""
-        self.states.copy_(other.states)
-        self.target.copy_(other.target)
-        self.lengths.copy_(other.lengths)
 
 
 def train_blocks(
@@ -97,7 +79,9 @@ def train_blocks(
     """
     nn.Module.to(student, device).eval()
     _take_over_frame(student, teacher)
-    flat = [batch.padded(LENGTHS_ON_GPU if device.type == "cuda" else 1).to(device) for step in steps for batch in step]
+    flat = [
+        batch.padded(LENGTH_MULTIPLE if device.type == "cuda" else 1).to(device) for step in steps for batch in step
+    ]
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}
@@ -141,15 +125,22 @@ def train_blocks(
 
 
 def _loss_fn(passage: Passage, device: torch.device) -> train.LossFn:
-    """The distance of the present block's output from its target."""
+    """The distance of the present block's output from its target; on a GPU replayed."""
+    if device.type != "cuda":
+        return lambda micro: {"hidden_kd": hidden_kd_loss([passage.run(micro.states)], [micro.target], micro.batch)}
 
-    def distance(micro: BlockBatch) -> Tensor:
-        return hidden_kd_loss([passage.run(micro.states)], [micro.target], micro.batch)
+    def distance(parameters: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        states, target, input_ids, lengths = inputs
+        batch = Batch(input_ids, input_ids, lengths, Totals(1, 1, 1))  # a sum: totals are no tensors
+        return (hidden_kd_loss([passage.run(states, parameters)], [target], batch),)
 
-    if device.type == "cuda":
-        replayed = ReplayedLoss(distance, list(passage.block.parameters()))
-        return lambda micro: {"hidden_kd": replayed(micro) / micro.batch.totals.num_tokens}
-    return lambda micro: {"hidden_kd": distance(micro)}
+    replay = Replay(distance, passage.block)
+
+    def loss_fn(micro: BlockBatch) -> train.LossParts:
+        (total,) = replay(micro.states, micro.target, micro.batch.input_ids, micro.lengths)
+        return {"hidden_kd": total / micro.batch.totals.num_tokens}
+
+    return loss_fn
 
 
 def read_block_metrics(work_dir: Path) -> Metrics:

@@ -1,11 +1,12 @@
 """Sequences on their way through a decoder, block after block: each block sees what the blocks before it put out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from bitdistill_core.progress import progress_bar
@@ -38,7 +39,7 @@ class Passage:
             for input_ids in batches:
                 length = input_ids.shape[1]
                 if length not in passage.keywords:
-                    passage.keywords[length] = _keywords(decoder, passage.decoder_blocks, input_ids[:1])
+                    passage.keywords[length] = block_keywords(decoder, passage.decoder_blocks, input_ids[:1])
                 passage.hidden.append(_entrance(decoder, passage.decoder_blocks[0], input_ids))
         return passage
 
@@ -69,9 +70,17 @@ class Passage:
                     self.hidden[number] = states
         self.index += 1
 
-    def run(self, states: Tensor) -> Tensor:
-        """The output of the present block, (B, T, D), for states that stand before it; differentiable."""
-        output = self.block(states, **self.keywords[states.shape[1]][self.index])
+    def run(self, states: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output of the present block, (B, T, D), for states that stand before it; differentiable.
+
+        Args:
+            parameters: in place of the block's own, by name.
+        """
+        keywords = self.keywords[states.shape[1]][self.index]
+        if parameters is None:
+            output = self.block(states, **keywords)
+        else:
+            output = functional_call(self.block, dict(parameters), (states,), keywords)
         return output[0] if isinstance(output, tuple) else output
 
     def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
@@ -107,7 +116,12 @@ def _up_to(limit: int, numbers: Iterable[int], size: Callable[[int], int]) -> It
         yield group
 
 
-def _keywords(decoder: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor) -> list[dict[str, Any]]:
+def _forward(decoder: nn.Module, input_ids: Tensor) -> None:
+    """The decoder's own forward pass: in a replayed one no hook sees anything."""
+    type(decoder).forward(decoder, input_ids=input_ids, use_cache=False)
+
+
+def block_keywords(decoder: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor) -> list[dict[str, Any]]:
     """What the decoder passes to each of its blocks beside the hidden states."""
     seen: list[dict[str, Any]] = []
 
@@ -116,7 +130,7 @@ def _keywords(decoder: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        decoder(input_ids=input_ids, use_cache=False)
+        _forward(decoder, input_ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -133,7 +147,7 @@ def _entrance(decoder: nn.Module, first_block: nn.Module, input_ids: Tensor) -> 
 
     handle = first_block.register_forward_pre_hook(stop)
     try:
-        decoder(input_ids=input_ids, use_cache=False)
+        _forward(decoder, input_ids)
     except _Reached:
         pass
     finally:

@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bitdistill_core.replay import observed
+
 IMPLEMENTATION = "bitdistill_capture"
 NAMES = ("query", "key", "value")
 _SINK = "_bitdistill_states"  # attribute of an attention module: where its states go
@@ -47,7 +49,8 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[States]:
     for attention in attentions:
         object.__setattr__(attention, _SINK, states)
     try:
-        yield states
+        with observed(model, states):
+            yield states
     finally:
         for attention in attentions:
             object.__delattr__(attention, _SINK)

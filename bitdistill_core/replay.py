@@ -1,82 +1,211 @@
-"""A loss and its gradients as CUDA graphs: one launch of the GPU instead of some hundred small ones.
+"""CUDA graphs: a forward and a backward pass as one launch each instead of thousands of small ones.
 
-A block of a small model computes in a fraction of the time that its operations take to start. What is recorded is the
-same computation, one graph for each shape of batch.
+A small model computes in a fraction of the time that a processor takes to start its operations one by one. What is
+recorded is the same computation, once for each shape of input; parameters are read where they lie, so they may be
+trained. Nothing here for a CPU.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
-WARM_UPS = 2  # calls before a recording: what is compiled or allocated at a first call must not be recorded
+from bitdistill_core.passage import block_keywords
 
+LENGTH_MULTIPLE = 16  # sequences are padded to multiples of it, so that few shapes are recorded
+WARM_UPS = 2  # calls before a recording: what a first call compiles or allocates must not be part of it
+_OBSERVED = "_bitdistill_observed"  # attribute of a decoder: what its forward passes fill beside their output
 
-class Replayable(Protocol):
-    """A batch whose tensors can be overwritten."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Batches of one shape share a recording."""
-
-    def static(self) -> "Replayable":
-        """A copy in memory of its own."""
-
-    def copy_(self, other: Any) -> None:
-        """Overwrites every tensor with those of another batch of the same shape."""
+Call = Callable[[Mapping[str, Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]  # parameters by name, inputs
 
 
 @dataclass(frozen=True)
 class _Recording:
-    graph: torch.cuda.CUDAGraph
-    batch: Replayable
-    loss: Tensor
-    gradients: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    forward: torch.cuda.CUDAGraph
+    outputs: tuple[Tensor, ...]
+    backward: torch.cuda.CUDAGraph | None  # None: nothing is differentiated
+    output_grads: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]  # of the differentiated inputs, then of the parameters
 
 
-class ReplayedLoss:
-    """`loss_fn` of a batch on a GPU; `backward()` gives the parameters the gradients that the graph computed.
+class Replay:
+    """`call` of tensors on a GPU, recorded once for each shape and then replayed; differentiable as `call` is.
 
-    The parameters stay where they are in memory, and every one of them has a part in the loss. Autocast of the first
-    call with a shape is that of all.
+    A forward pass is differentiated before the next one, whose outputs overwrite its own. Autocast and whatever else
+    `call` depends on must stay as in the first call, or be told apart by `key`.
     """
 
-    def __init__(self, loss_fn: Callable[[Any], Tensor], parameters: Sequence[Tensor]) -> None:
-        self.loss_fn, self.parameters = loss_fn, tuple(parameters)
-        self._recordings: dict[tuple[int, ...], _Recording] = {}
+    def __init__(self, call: Call, module: nn.Module) -> None:
+        """`module`: has the parameters that `call` is given, in memory that does not move."""
+        self.call, self.module = call, module
+        self._recordings: dict[Any, _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Replayable) -> Tensor:
-        recording = self._recordings.get(batch.shape)
+    def __call__(self, *inputs: Tensor, key: Any = None) -> tuple[Tensor, ...]:
+        trained = []
+        if torch.is_grad_enabled():
+            trained = [x for x in (*inputs, *self.module.parameters()) if x.requires_grad]
+        identity = (tuple((x.shape, x.requires_grad) for x in inputs), bool(trained), key)
+        recording = self._recordings.get(identity)
         if recording is None:
-            recording = self._recordings[batch.shape] = self._record(batch.static())
-        recording.batch.copy_(batch)
-        recording.graph.replay()
-        loss: Tensor = _Replayed.apply(recording, *self.parameters)
-        return loss
+            recording = self._recordings[identity] = self._record(inputs, is_trained=bool(trained))
+        for static, value in zip(recording.inputs, inputs, strict=True):
+            static.copy_(value.detach())
+        recording.forward.replay()
+        if not trained:
+            return recording.outputs
+        outputs: tuple[Tensor, ...] = _Replayed.apply(recording, *trained)
+        return outputs
 
-    def _record(self, batch: Replayable) -> _Recording:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def _record(self, inputs: tuple[Tensor, ...], *, is_trained: bool) -> _Recording:
+        # aliases of the parameters: the graph that an earlier step left behind ties these to another stream
+        named = dict(self.module.named_parameters())
+        aliases = {name: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for name, p in named.items()}
+        statics = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+        trained = [x for x in (*statics, *aliases.values()) if x.requires_grad]
+        backward: torch.cuda.CUDAGraph | None = None
+        grads: tuple[Tensor, ...] = ()
+        gradients: tuple[Tensor | None, ...] = ()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                torch.autograd.grad(self.loss_fn(batch), self.parameters)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = self.loss_fn(batch)
-            gradients = torch.autograd.grad(loss, self.parameters)
-        return _Recording(graph, batch, loss.detach(), gradients)
+                outputs = self.call(aliases, statics)
+                if is_trained:
+                    grads = tuple(torch.zeros_like(output) for output in outputs)
+                    _gradients(outputs, trained, grads)
+                del outputs
+            forward = torch.cuda.CUDAGraph()
+            with _captured(forward, self._pool):
+                outputs = self.call(aliases, statics)
+            if is_trained:
+                backward = torch.cuda.CUDAGraph()
+                with _captured(backward, self._pool):
+                    gradients = _gradients(outputs, trained, grads)
+        torch.cuda.current_stream().wait_stream(stream)
+        detached = tuple(output.detach() for output in outputs)
+        return _Recording(tuple(x.detach() for x in statics), forward, detached, backward, grads, gradients)
+
+
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Captures what the current stream is given, without the garbage collection of `torch.cuda.graph`."""
+    torch.clear_autocast_cache()  # a cast from before would never be made again
+    torch.cuda.synchronize()
+    was_enabled = gc.isenabled()
+    gc.disable()  # which could free memory of the GPU meanwhile
+    graph.capture_begin(pool=pool)
+    try:
+        yield
+    finally:
+        graph.capture_end()
+        torch.clear_autocast_cache()
+        if was_enabled:
+            gc.enable()
+
+
+def _gradients(
+    outputs: Sequence[Tensor], trained: Sequence[Tensor], output_grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast("cuda", enabled=False):
+        # retained: a backward pass that frees what it has used would overwrite it, and could be replayed only once
+        return torch.autograd.grad(outputs, trained, output_grads, retain_graph=True, allow_unused=True)
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> Tensor:
-        ctx.gradients = recording.gradients
-        return recording.loss.clone()
+    def forward(ctx: Any, recording: _Recording, *trained: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording = recording
+        ctx.set_materialize_grads(False)
+        return tuple(output.view_as(output) for output in recording.outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *torch._foreach_mul(ctx.gradients, grads[0])
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
+        recording = ctx.recording
+        for static, value in zip(recording.output_grads, output_grads, strict=True):
+            if value is None:
+                static.zero_()
+            else:
+                static.copy_(value)
+        recording.backward.replay()
+        found = [gradient for gradient in recording.gradients if gradient is not None]
+        copies = iter(torch._foreach_mul(found, 1.0))  # the next pass overwrites them
+        return None, *(None if gradient is None else next(copies) for gradient in recording.gradients)
+
+
+class _Stack(nn.Module):
+    """The blocks and the final norm of a decoder."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.layers: nn.ModuleList = decoder.layers
+        self.norm: nn.Module = decoder.norm
+
+    def forward(self, hidden: Tensor, keywords: Sequence[Mapping[str, Any]]) -> Tensor:
+        for block, own in zip(self.layers, keywords, strict=True):
+            output = block(hidden, **own)
+            hidden = output[0] if isinstance(output, tuple) else output
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+def replay_decoder(model: PreTrainedModel, device: torch.device) -> None:
+    """Lets the decoder of a model that is trained or teaches on a CUDA device replay its blocks; elsewhere nothing.
+
+    Its `last_hidden_state`, and what `observed` containers are filled with, are those of the model's own forward pass.
+    Not for evaluation, which changes the weights.
+    """
+    decoder = model.get_decoder()
+    if device.type != "cuda" or "forward" in vars(decoder):
+        return
+    embedding = model.get_input_embeddings()
+    stack = _Stack(decoder)
+    keywords: dict[int, list[dict[str, Any]]] = {}
+    structures: dict[Any, Any] = {}
+
+    def call(parameters: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = functional_call(stack, dict(parameters), (inputs[0], keywords[inputs[0].shape[1]]))
+        containers = vars(decoder).get(_OBSERVED, ())
+        seen, structures[_identities(containers)] = pytree.tree_flatten(list(containers))
+        return (hidden, *seen)
+
+    replay = Replay(call, stack)
+
+    def forward(input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        if input_ids.shape[1] not in keywords:
+            with torch.no_grad():
+                keywords[input_ids.shape[1]] = block_keywords(decoder, list(stack.layers), input_ids[:1])
+        containers = vars(decoder).get(_OBSERVED, ())
+        hidden, *seen = replay(embedding(input_ids), key=_identities(containers))
+        structure = structures[_identities(containers)]
+        for container, filled in zip(containers, pytree.tree_unflatten(seen, structure), strict=True):
+            container.clear()
+            container.extend(filled) if isinstance(container, list) else container.update(filled)
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    decoder.forward = forward
+
+
+def _identities(containers: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(id(container) for container in containers)
+
+
+@contextmanager
+def observed(model: PreTrainedModel, container: list[Tensor] | dict[int, Any]) -> Iterator[None]:
+    """Says that every forward pass of the decoder fills `container`, so that a replayed one does too."""
+    decoder = model.get_decoder()
+    before = vars(decoder).get(_OBSERVED, ())
+    vars(decoder)[_OBSERVED] = (*before, container)
+    try:
+        yield
+    finally:
+        vars(decoder)[_OBSERVED] = tuple(other for other in vars(decoder)[_OBSERVED] if other is not container)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bitdistill_core.quantize.fused import fused
 from bitdistill_core.quantize.straight_through import straight_through
 
 ABSMAX_FLOOR = 1e-5
@@ -27,6 +28,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
 def fake_quantize_activation(x: Tensor) -> Tensor:
     """`activation_scale * x_int8` in the dtype of `x`, with the straight-through gradient."""
     with torch.no_grad():
-        absmax = x.float().abs().amax(dim=-1, keepdim=True).clamp_(min=ABSMAX_FLOOR)
-        quantized = (x.float() * (127.0 / absmax)).round_().clamp_(-128, 127).mul_(absmax / 127.0).to(x.dtype)
+        quantized = _rounded(x)
     return straight_through(x, quantized)
+
+
+@fused
+def _rounded(x: Tensor) -> Tensor:
+    absmax = x.float().abs().amax(dim=-1, keepdim=True).clamp_(min=ABSMAX_FLOOR)
+    return (x.float() * (127.0 / absmax)).round_().clamp_(-128, 127).mul_(absmax / 127.0).to(x.dtype)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitdistill_core.quantize.fused import fused
 from bitdistill_core.quantize.straight_through import straight_through
 
 SCALE_FLOOR = 1e-5
@@ -69,9 +70,14 @@ def quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor,
 def fake_quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """`spread(weight_scale) * codes` in the dtype of `weight`, with the straight-through gradient."""
     with torch.no_grad():
-        codes, scale = _quantized(weight.float(), quantizer)
-        quantized = codes.mul_(spread(scale, weight.shape[1])).to(weight.dtype)
+        quantized = _rounded(weight, quantizer)
     return straight_through(weight, quantized)
+
+
+@fused
+def _rounded(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    codes, scale = _quantized(weight.float(), quantizer)
+    return codes.mul_(spread(scale, weight.shape[1])).to(weight.dtype)
 
 
 def spread(scale: Tensor, in_features: int) -> Tensor:

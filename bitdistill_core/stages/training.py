@@ -16,7 +16,6 @@ from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.blockwise import read_block_metrics, train_blocks
-from bitdistill_core.compiled import compile_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
@@ -25,6 +24,7 @@ from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.quantize.latent import latent_weight
 from bitdistill_core.quantize.rows import round_rows
 from bitdistill_core.quantize.weight import quantize_weight
+from bitdistill_core.replay import LENGTH_MULTIPLE, replay_decoder
 from bitdistill_core.stages.data import examples_path, read_task
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ def train_on_corpus(
     if num_steps == 0:
         return {}
     add_dropout(model, config.dropout)
-    compile_blocks(model, device)
+    if on_step is None:  # which changes what is computed
+        replay_decoder(model, device)
     batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     num_epochs = num_steps * config.batch_size / batches.num_blocks
     report({f"{name}/corpus_epochs": num_epochs}, 0)
@@ -81,7 +82,8 @@ def train_on_task(
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
-    compile_blocks(model, device)
+    if on_step is None:  # which changes what is computed
+        replay_decoder(model, device)
     batches = task_batches(model, tokenizer, config, data)
     cut_share = sum(example.is_cut for example in batches.examples) / len(batches.examples)
     report({f"{name}/cut_share": cut_share}, 0)
@@ -89,7 +91,7 @@ def train_on_task(
         log.warning("%s: %.1f%% of the examples are cut at max_length=%d", name, 100 * cut_share, config.max_length)
     metrics = train.fit(
         model,
-        batches,
+        _few_lengths(batches, device),
         loss_fn if loss_fn is not None else _task_loss_fn(model),
         num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
         grad_norm_every=grad_norm_every,
@@ -181,7 +183,6 @@ def train_blockwise(
     if train.has_checkpoint(work_dir):  # the training that follows has begun
         return read_block_metrics(work_dir / "blockwise")
     require_same_blocks(student, teacher, f"{name}.blockwise")
-    compile_blocks(student, device)
     steps: list[Sequence[losses.Batch]] = []
     num_tokens = 0
     for step in range(num_steps):
@@ -280,7 +281,7 @@ def load_teacher(
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(train.compute_dtype(config.precision))
     nn.Module.to(teacher.requires_grad_(False), device)
-    compile_blocks(teacher, device)
+    replay_decoder(teacher, device)
     return teacher, tokenizer
 
 
@@ -327,6 +328,15 @@ def _task_loss_fn(model: PreTrainedModel) -> train.LossFn:
         return {"task_loss": losses.task_loss(model, losses.hidden_states(model, batch), batch)}
 
     return loss_fn
+
+
+def _few_lengths(
+    batches: Callable[[int], Sequence[losses.Batch]], device: torch.device
+) -> Callable[[int], Sequence[losses.Batch]]:
+    """The same batches; on a CUDA device padded, so that few shapes are recorded there."""
+    if device.type != "cuda":
+        return batches
+    return lambda step: [batch.padded(LENGTH_MULTIPLE) for batch in batches(step)]
 
 
 def _options(config: TrainSection, **context: Any) -> dict[str, Any]:
