@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers import PreTrainedModel
 
 from bitdistill_core.passage import block_keywords
 
+MAX_WORK = (
+    1e12  # parameters times tokens of a pass; above it a GPU computes for longer than its operations take to start
+)
 LENGTH_MULTIPLE = 16  # sequences are padded to multiples of it, so that few shapes are recorded
 WARM_UPS = 2  # calls before a recording: what a first call compiles or allocates must not be part of it
 _OBSERVED = "_bitdistill_observed"  # attribute of a decoder: what its forward passes fill beside their output
@@ -49,6 +53,7 @@ class Replay:
         self.call, self.module = call, module
         self._recordings: dict[Any, _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._gradients: list[Tensor] = []  # of the trained parameters, shared by all recordings
 
     def __call__(self, *inputs: Tensor, key: Any = None) -> tuple[Tensor, ...]:
         trained = []
@@ -71,18 +76,21 @@ class Replay:
         named = dict(self.module.named_parameters())
         aliases = {name: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for name, p in named.items()}
         statics = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-        trained = [x for x in (*statics, *aliases.values()) if x.requires_grad]
+        sources = [x for x in statics if x.requires_grad]
+        trained = [x for x in aliases.values() if x.requires_grad]
+        if is_trained and not self._gradients:
+            self._gradients = [torch.zeros_like(x) for x in trained]
         backward: torch.cuda.CUDAGraph | None = None
         grads: tuple[Tensor, ...] = ()
         gradients: tuple[Tensor | None, ...] = ()
-        stream = torch.cuda.Stream()
+        stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 outputs = self.call(aliases, statics)
                 if is_trained:
                     grads = tuple(torch.zeros_like(output) for output in outputs)
-                    _gradients(outputs, trained, grads)
+                    _gradients(outputs, [*sources, *trained], grads)
                 del outputs
             forward = torch.cuda.CUDAGraph()
             with _captured(forward, self._pool):
@@ -90,10 +98,23 @@ class Replay:
             if is_trained:
                 backward = torch.cuda.CUDAGraph()
                 with _captured(backward, self._pool):
-                    gradients = _gradients(outputs, trained, grads)
+                    found = _gradients(outputs, [*sources, *trained], grads)
+                    pairs = list(zip(self._gradients, found[len(sources) :], strict=True))
+                    torch._foreach_copy_(
+                        [kept for kept, new in pairs if new is not None], [new for _, new in pairs if new is not None]
+                    )
+                    gradients = (*found[: len(sources)], *(None if new is None else kept for kept, new in pairs))
+                    del found, pairs
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # what the warm-up took is of no use to another stream
         detached = tuple(output.detach() for output in outputs)
         return _Recording(tuple(x.detach() for x in statics), forward, detached, backward, grads, gradients)
+
+
+@lru_cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for every recording: memory that was used on a stream stays with it."""
+    return torch.cuda.Stream()
 
 
 @contextmanager
@@ -158,17 +179,20 @@ class _Stack(nn.Module):
         return normed
 
 
-def replay_decoder(model: PreTrainedModel, device: torch.device) -> None:
-    """Lets the decoder of a model that is trained or teaches on a CUDA device replay its blocks; elsewhere nothing.
+@contextmanager
+def replayed_decoder(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Within, the decoder of a model that is trained or teaches on a CUDA device replays its blocks; elsewhere nothing.
 
     Its `last_hidden_state`, and what `observed` containers are filled with, are those of the model's own forward pass.
-    Not for evaluation, which changes the weights.
+    Passes of more than MAX_WORK run as they are.
     """
-    decoder = model.get_decoder()
-    if device.type != "cuda" or "forward" in vars(decoder):
+    if device.type != "cuda":
+        yield
         return
+    decoder = model.get_decoder()
     embedding = model.get_input_embeddings()
     stack = _Stack(decoder)
+    size = sum(p.numel() for p in stack.parameters())
     keywords: dict[int, list[dict[str, Any]]] = {}
     structures: dict[Any, Any] = {}
 
@@ -180,7 +204,9 @@ def replay_decoder(model: PreTrainedModel, device: torch.device) -> None:
 
     replay = Replay(call, stack)
 
-    def forward(input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+    def forward(input_ids: Tensor, use_cache: bool = False) -> Any:
+        if size * input_ids.numel() > MAX_WORK:
+            return type(decoder).forward(decoder, input_ids=input_ids, use_cache=use_cache)
         if input_ids.shape[1] not in keywords:
             with torch.no_grad():
                 keywords[input_ids.shape[1]] = block_keywords(decoder, list(stack.layers), input_ids[:1])
@@ -193,6 +219,10 @@ def replay_decoder(model: PreTrainedModel, device: torch.device) -> None:
         return SimpleNamespace(last_hidden_state=hidden)
 
     decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
 
 
 def _identities(containers: Sequence[Any]) -> tuple[int, ...]:

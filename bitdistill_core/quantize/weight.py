@@ -70,7 +70,7 @@ def quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor,
 def fake_quantize_weight(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """`spread(weight_scale) * codes` in the dtype of `weight`, with the straight-through gradient."""
     with torch.no_grad():
-        quantized = _rounded(weight, quantizer)
+        quantized = _rounded(weight.detach(), quantizer)  # what is compiled for a Parameter is of one shape
     return straight_through(weight, quantized)
 
 

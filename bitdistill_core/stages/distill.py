@@ -44,7 +44,7 @@ def run(
     with ExitStack() as stack:
         loss_fn = None
         if config.is_taught:
-            teacher, teacher_tokenizer = training.load_teacher(inputs.teacher, config, device)
+            teacher, teacher_tokenizer = training.load_teacher(inputs.teacher, config, device, stack)
             if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
                 raise ValueError(
                     "teacher and student must share a vocabulary; got sizes "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.quantize.latent import latent_weight
 from bitdistill_core.quantize.rows import round_rows
 from bitdistill_core.quantize.weight import quantize_weight
-from bitdistill_core.replay import LENGTH_MULTIPLE, replay_decoder
+from bitdistill_core.replay import LENGTH_MULTIPLE, replayed_decoder
 from bitdistill_core.stages.data import examples_path, read_task
 
 log = logging.getLogger(__name__)
@@ -49,19 +49,18 @@ def train_on_corpus(
     if num_steps == 0:
         return {}
     add_dropout(model, config.dropout)
-    if on_step is None:  # which changes what is computed
-        replay_decoder(model, device)
     batches = corpus_batches(tokenizer, config, data, num_tokens=config.num_tokens, out=work_dir / "tokens.bin")
     num_epochs = num_steps * config.batch_size / batches.num_blocks
     report({f"{name}/corpus_epochs": num_epochs}, 0)
-    metrics = train.fit(
-        model,
-        batches,
-        loss_fn if loss_fn is not None else _task_loss_fn(model),
-        num_steps=num_steps,
-        on_step=on_step,
-        **_options(config, name=name, work_dir=work_dir, report=report, device=device),
-    )
+    with _replayed(model, device, on_step):
+        metrics = train.fit(
+            model,
+            batches,
+            loss_fn if loss_fn is not None else _task_loss_fn(model),
+            num_steps=num_steps,
+            on_step=on_step,
+            **_options(config, name=name, work_dir=work_dir, report=report, device=device),
+        )
     return {**metrics, f"{name}/corpus_epochs": num_epochs}
 
 
@@ -82,23 +81,22 @@ def train_on_task(
 ) -> Metrics:
     """Fine-tuning on the answers of the task's examples; `loss_fn` None is cross-entropy alone (Eq. 14)."""
     add_dropout(model, config.dropout)
-    if on_step is None:  # which changes what is computed
-        replay_decoder(model, device)
     batches = task_batches(model, tokenizer, config, data)
     cut_share = sum(example.is_cut for example in batches.examples) / len(batches.examples)
     report({f"{name}/cut_share": cut_share}, 0)
     if cut_share:
         log.warning("%s: %.1f%% of the examples are cut at max_length=%d", name, 100 * cut_share, config.max_length)
-    metrics = train.fit(
-        model,
-        _few_lengths(batches, device),
-        loss_fn if loss_fn is not None else _task_loss_fn(model),
-        num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
-        grad_norm_every=grad_norm_every,
-        balance_grad_norms=balance_grad_norms,
-        on_step=on_step,
-        **_options(config, name=name, work_dir=work_dir, report=report, device=device),
-    )
+    with _replayed(model, device, on_step):
+        metrics = train.fit(
+            model,
+            _few_lengths(batches, device),
+            loss_fn if loss_fn is not None else _task_loss_fn(model),
+            num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
+            grad_norm_every=grad_norm_every,
+            balance_grad_norms=balance_grad_norms,
+            on_step=on_step,
+            **_options(config, name=name, work_dir=work_dir, report=report, device=device),
+        )
     return {**metrics, f"{name}/cut_share": cut_share}
 
 
@@ -271,9 +269,9 @@ def quantization_warmup(model: PreTrainedModel, share: float) -> Iterator[Callab
 
 
 def load_teacher(
-    directory: Path, config: TrainSection, device: torch.device
+    directory: Path, config: TrainSection, device: torch.device, stack: ExitStack
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that teaches: on the device, its weights in the stage's precision, without gradients.
+    """A model that teaches until `stack` closes: on the device, its weights in the stage's precision, no gradients.
 
     Buffers stay in float32: in bfloat16 the frequencies of rotary positions would be off by up to 0.4%.
     """
@@ -281,7 +279,7 @@ def load_teacher(
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(train.compute_dtype(config.precision))
     nn.Module.to(teacher.requires_grad_(False), device)
-    replay_decoder(teacher, device)
+    stack.enter_context(replayed_decoder(teacher, device))
     return teacher, tokenizer
 
 
@@ -328,6 +326,13 @@ def _task_loss_fn(model: PreTrainedModel) -> train.LossFn:
         return {"task_loss": losses.task_loss(model, losses.hidden_states(model, batch), batch)}
 
     return loss_fn
+
+
+def _replayed(
+    model: PreTrainedModel, device: torch.device, on_step: Callable[[int, int], None] | None
+) -> AbstractContextManager[None]:
+    """Replays the student's passes on a GPU, unless something changes what is computed from step to step."""
+    return replayed_decoder(model, device) if on_step is None else nullcontext()
 
 
 def _few_lengths(

@@ -7,6 +7,7 @@ are found, have not changed; checkpoints may be gone by then.
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -173,7 +174,12 @@ def run_cell(
     """
     with locked(store / ".work" / "-".join(("cell", *cell.path.with_suffix("").parts)), fcntl.LOCK_EX):
         done = read_result(plan, cell, results, data_root=data_root)
-        return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
+        try:
+            return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
+        finally:
+            if torch.cuda.is_initialized():  # other processes may need the memory that this one keeps for itself
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def _run_cell(

@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from bitdistill_core import losses
+from bitdistill_core import losses, replay
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss
 from bitdistill_core.blockwise import BlockBatch, _loss_fn
 from bitdistill_core.losses import Batch
 from bitdistill_core.passage import Passage
 from bitdistill_core.relations import captured
-from bitdistill_core.replay import replay_decoder
+from bitdistill_core.replay import replayed_decoder
 from bitdistill_core.surgery import operate
 from tests.core.test_losses import make_batch
 
@@ -79,7 +79,16 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    return
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    replay._side_stream.cache_clear()
+    yield
+    replay._side_stream.cache_clear()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
 
 
 def student_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,12 +127,14 @@ def step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, precisi
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_replayed_decoder_is_the_decoder(any_model: PreTrainedModel, precision: torch.dtype) -> None:
+def test_a_replayed_decoder_is_the_decoder(
+    any_model: PreTrainedModel, precision: torch.dtype, stack: ExitStack
+) -> None:
     teacher, student = any_model.requires_grad_(False), student_of(any_model).requires_grad_(True)
     plain = copy.deepcopy(student)
     replayed_teacher = copy.deepcopy(teacher)
-    replay_decoder(student, GPU)
-    replay_decoder(replayed_teacher, GPU)
+    for model in (student, replayed_teacher):
+        stack.enter_context(replayed_decoder(model, GPU))
     # longer than Gemma's sliding window of 16; of one shape three, so that two are replayed
     lengths = [[18, 20, 12], [20, 3, 11], [5, 9], [1, 20, 20]]
     for number, own in enumerate(lengths):
@@ -167,6 +178,18 @@ def test_a_replayed_block_is_the_block(any_model: PreTrainedModel) -> None:
                 parameter.mul_(1.01)
 
 
-def test_a_decoder_on_a_cpu_stays_as_it_is(any_model: PreTrainedModel) -> None:
-    replay_decoder(any_model, torch.device("cpu"))
+def test_a_decoder_is_itself_again_behind_the_context(any_model: PreTrainedModel) -> None:
+    with replayed_decoder(any_model, GPU):
+        assert "forward" in vars(any_model.get_decoder())
     assert "forward" not in vars(any_model.get_decoder())
+    with replayed_decoder(any_model, torch.device("cpu")):
+        assert "forward" not in vars(any_model.get_decoder())
+
+
+def test_large_passes_run_as_they_are(any_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch([18, 20, 12], [1, 1, 1], seed=1)
+    expected = losses.hidden_states(any_model, batch)
+    monkeypatch.setattr(replay, "MAX_WORK", 1)
+    monkeypatch.setattr(replay.Replay, "__call__", None)
+    with replayed_decoder(any_model, GPU):
+        torch.testing.assert_close(losses.hidden_states(any_model, batch), expected)
