@@ -81,7 +81,7 @@ def run_plan(
     pending, outcome = found.left, Outcome(found.finished)
     others = [cell for cell in planned if cell not in cells]
     needing = found.left + survey(plan, others, results, data_root=data_root).left
-    queue, told = list(pending), set[Cell]()
+    queue, told, is_waiting = list(pending), set[Cell](), False
     while queue:
         # from the first again after each: what it waited for may be there now
         for cell in queue:
@@ -99,15 +99,14 @@ def run_plan(
                 outcome.left = queue
                 tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(queue)}")
                 return outcome
-            except (
-                ValueError,
-                RuntimeError,
-            ) as error:  # one that diverges, or is too large for the GPU, costs no other
+            except (ValueError, RuntimeError) as error:
+                # one that diverges, or is too large for the GPU, costs no other
                 outcome.failed[cell] = " ".join(str(error).split())
                 tell(f"failed: {cell}: {outcome.failed[cell]}")
                 queue.remove(cell)
                 break
             queue.remove(cell)
+            is_waiting = False
             outcome.finished.append(cell)
             headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
             tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
@@ -118,6 +117,9 @@ def run_plan(
                 unfinished = [other for other in needing if other not in outcome.finished]
                 discard_checkpoints(plan, store, [cell], unfinished)
             break
-        else:  # other processes work on all that is left, or on what it needs
+        else:
+            if not is_waiting:
+                tell(f"waiting: other processes work on what is left, or on what it needs; cells left: {len(queue)}")
+            is_waiting = True
             time.sleep(POLL_SECONDS)
     return outcome

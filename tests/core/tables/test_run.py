@@ -1,5 +1,6 @@
 """A tiny plan run end to end: results, what is found again, what fails, what a spent budget leaves."""
 
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,10 @@ import torch
 
 from bitdistill_core import checkpoint
 from bitdistill_core.evaluate import TorchScorer, evaluate_split, wilson_interval
-from bitdistill_core.manifest import read_manifest
+from bitdistill_core.manifest import StageBusyError, locked, read_manifest
 from bitdistill_core.stages.data import examples_path
 from bitdistill_core.tables import run
-from bitdistill_core.tables.cell import chain, read_result, result_path
+from bitdistill_core.tables.cell import chain, read_result, result_path, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import Outcome, run_plan
 from bitdistill_core.tables.speed import SPEED, measure_speed, speed_rows
@@ -183,6 +184,42 @@ def test_a_diverging_cell_is_told_and_costs_no_other(make_plan: Callable[..., Pl
     again = folder.run(plan)  # tries the failed one alone
     assert [line for line in folder.told if line.startswith("[")] == [f"[2/2] {bad}"]
     assert list(again.failed) == [bad]
+
+
+def test_cells_of_other_processes_are_left_until_they_are_there(
+    make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = make_plan(), Folder(tmp_path)
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.0)
+    busy = {TEACHER: 2, PTQ: 1, STUDENT: 0}  # so many times
+    tried: list[Cell] = []
+
+    def run_other(plan: Plan, cell: Cell, **_: Any) -> dict[str, Any]:
+        tried.append(cell)
+        busy[cell] -= 1
+        if busy[cell] >= 0:
+            raise StageBusyError("busy")
+        return {"metrics": {"accuracy": 0.5}}
+
+    outcome = folder.run(plan, run=run_other)
+    # the most valuable cell is tried first each time
+    assert tried == [TEACHER, PTQ, STUDENT, TEACHER, PTQ, TEACHER]
+    assert outcome.finished == [STUDENT, PTQ, TEACHER]
+    assert not outcome.failed
+    assert not outcome.left
+
+    busy = {TEACHER: 3, PTQ: 3, STUDENT: 3}
+    folder.run(plan, run=run_other)
+    assert [line for line in folder.told if "other processes" in line] == [
+        "waiting: other processes work on what is left, or on what it needs; cells left: 3"
+    ]
+
+
+def test_a_cell_is_run_by_one_process(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    lock = tmp_path / "store/.work/cell-small-reviews-fp16_sft-seed0"
+    with locked(lock, fcntl.LOCK_EX), pytest.raises(StageBusyError, match="cell-small-reviews-fp16_sft-seed0"):
+        run_cell(make_plan(), TEACHER, store=tmp_path / "store", results=tmp_path, data_root=None)
+    assert not (tmp_path / "cells").exists()
 
 
 def test_layers_that_a_larger_teacher_lacks_are_refused_before_training(
