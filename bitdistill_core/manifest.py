@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -105,9 +105,12 @@ def execute(
         depends_on: what else makes another result (the threads of a benchmark, the format of a packed file).
         context: passed on; no part of the fingerprint (device, threads).
     """
-    for read in fields(inputs):
-        _require_finished(getattr(inputs, read.name))  # before a lock makes a directory
     with ExitStack() as stack:
+        for root in input_roots:
+            if _lock_file(root).is_file():
+                stack.enter_context(locked(root, fcntl.LOCK_SH))
+        for read in fields(inputs):
+            _require_finished(getattr(inputs, read.name))  # before a lock makes a directory
         for root in input_roots:
             stack.enter_context(locked(root, fcntl.LOCK_SH))
         outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
@@ -120,13 +123,15 @@ def execute(
             **({"depends_on": dict(depends_on)} if depends_on else {}),
         }
         fingerprint = _digest_bytes(json.dumps(identity, sort_keys=True).encode())
-        kind = stack.enter_context(locked(work_root, fcntl.LOCK_EX, fcntl.LOCK_SH))
-        stack.enter_context(_full_disk_named(stage, work_root))
-        done = _finished(directory, fingerprint)
+        with locked(work_root, fcntl.LOCK_SH):  # looking is no reason to keep others from reading
+            done = _finished(directory, fingerprint)
         if done is not None:
             return done
-        if kind == fcntl.LOCK_SH:
-            raise _busy(work_root)
+        stack.enter_context(locked(work_root, fcntl.LOCK_EX))
+        stack.enter_context(_full_disk_named(stage, work_root))
+        done = _finished(directory, fingerprint)  # another process may have made it meanwhile
+        if done is not None:
+            return done
         work_dir = work_root / fingerprint[:16]  # what another configuration left stays until the stage finishes
         out_dir = work_dir / "out"
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -148,26 +153,26 @@ def execute(
 
 
 @contextmanager
-def locked(work_root: Path, *kinds: int) -> Iterator[int]:
-    """Holds a stage for this process, in the first of these kinds (fcntl's) that can be had; the system frees it.
+def locked(work_root: Path, kind: int) -> Iterator[None]:
+    """Holds a stage, or whatever else is made in `work_root`, for this process; the system frees it at the end.
 
+    Args:
+        kind: fcntl.LOCK_EX to make it, fcntl.LOCK_SH to read it.
     Raises:
         StageBusyError: another process holds it.
     """
-    work_root.parent.mkdir(parents=True, exist_ok=True)
-    with work_root.with_name(f"{work_root.name}.lock").open("w") as file:
-        kind = next((kind for kind in kinds if _can_lock(file, kind)), None)
-        if kind is None:
-            raise _busy(work_root)
-        yield kind
+    path = _lock_file(work_root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(work_root) from None
+        yield
 
 
-def _can_lock(file: TextIO, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock_file(work_root: Path) -> Path:
+    return work_root.with_name(f"{work_root.name}.lock")
 
 
 def _busy(work_root: Path) -> StageBusyError:

@@ -7,7 +7,7 @@ trained. Nothing here for a CPU.
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -62,7 +62,9 @@ class Replay:
         identity = (tuple((x.shape, x.requires_grad) for x in inputs), bool(trained), key)
         recording = self._recordings.get(identity)
         if recording is None:
-            recording = self._recordings[identity] = self._record(inputs, is_trained=bool(trained))
+            with _random_state_kept():
+                recording = self._record(inputs, is_trained=bool(trained))
+            self._recordings[identity] = recording
         for static, value in zip(recording.inputs, inputs, strict=True):
             static.copy_(value.detach())
         recording.forward.replay()
@@ -106,7 +108,6 @@ class Replay:
                     gradients = (*found[: len(sources)], *(None if new is None else kept for kept, new in pairs))
                     del found, pairs
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # what the warm-up took is of no use to another stream
         detached = tuple(output.detach() for output in outputs)
         return _Recording(tuple(x.detach() for x in statics), forward, detached, backward, grads, gradients)
 
@@ -122,16 +123,24 @@ def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """Captures what the current stream is given, without the garbage collection of `torch.cuda.graph`."""
     torch.clear_autocast_cache()  # a cast from before would never be made again
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what warm-ups took is of no use to the graph's pool, and is not freed meanwhile
     was_enabled = gc.isenabled()
     gc.disable()  # which could free memory of the GPU meanwhile
-    graph.capture_begin(pool=pool)
     try:
-        yield
+        graph.capture_begin(pool=pool)
+        try:
+            yield
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
         torch.clear_autocast_cache()
         if was_enabled:
             gc.enable()
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    """What is random in a training step is a function of the step, whether it records or not."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
 def _gradients(
@@ -200,6 +209,8 @@ def replayed_decoder(model: PreTrainedModel, device: torch.device) -> Iterator[N
         hidden = functional_call(stack, dict(parameters), (inputs[0], keywords[inputs[0].shape[1]]))
         containers = vars(decoder).get(_OBSERVED, ())
         seen, structures[_identities(containers)] = pytree.tree_flatten(list(containers))
+        for container in containers:  # or it would keep the whole pass alive
+            container.clear()
         return (hidden, *seen)
 
     replay = Replay(call, stack)
@@ -208,7 +219,7 @@ def replayed_decoder(model: PreTrainedModel, device: torch.device) -> Iterator[N
         if size * input_ids.numel() > MAX_WORK:
             return type(decoder).forward(decoder, input_ids=input_ids, use_cache=use_cache)
         if input_ids.shape[1] not in keywords:
-            with torch.no_grad():
+            with torch.no_grad(), _random_state_kept():
                 keywords[input_ids.shape[1]] = block_keywords(decoder, list(stack.layers), input_ids[:1])
         containers = vars(decoder).get(_OBSERVED, ())
         hidden, *seen = replay(embedding(input_ids), key=_identities(containers))

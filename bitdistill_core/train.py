@@ -77,7 +77,8 @@ def fit(
         title: of the progress bar; None: the name.
         on_step: called with (step, num_steps) before each step.
     Raises:
-        ValueError: a loss or gradient that is not finite; names the step. The last good checkpoint stays.
+        ValueError: a loss or gradient that is not finite, at the next report or checkpoint; names the step. The last
+            good checkpoint stays.
     """
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -113,7 +114,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             is_last = step + 1 == num_steps
             saves, reports = (step + 1) % checkpoint_every == 0 and not is_last, (step + 1) % report_every == 0
-            if saves or reports or is_last:
+            if saves or reports or is_last or part_norms:
                 window.read()
             if saves:  # before a report, which may end the process
                 _save(work_dir, step + 1, model, optimizer, balance)

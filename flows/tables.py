@@ -15,6 +15,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.logging import get_run_logger
 from pydantic import Field
 
+from bitdistill_core.manifest import StageBusyError
 from bitdistill_core.tables.plan import Cell, Plan, read_plan
 from bitdistill_core.tables.render import render
 from bitdistill_core.tables.run import OutOfTime, survey
@@ -96,7 +97,7 @@ class _CellTasks:
     def __call__(self, plan: Plan, cell: Cell, **options: Any) -> Any:
         state = stages.cell(cell, plan, options, return_state=True)
         if state.is_cancelled():
-            raise OutOfTime
+            raise StageBusyError(str(state.message)) if state.name == stages.BUSY else OutOfTime
         self.num_done += 1
         update_progress_artifact(self._artifact, self._percent(), description=f"{cell} has ended")
         return state.result()  # raises what the cell raised

@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, State
 
 from bitdistill_core.config import Params
+from bitdistill_core.manifest import StageBusyError
 from bitdistill_core.tables.cell import run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import OutOfTime
@@ -20,6 +21,7 @@ from tasks.tracking import Conversion, run_tracked
 from tasks.tracking import run_stage as run_stage  # for the command line
 
 Outcome = dict[str, Any]
+BUSY = "Busy"  # the state of a cell that another process works on
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -114,8 +116,10 @@ def report(node: str, params: Params, run_dir: Path, conversion: Conversion) -> 
 
 @task(task_run_name="{cell}", cache_policy=NO_CACHE)
 def cell(cell: Cell, plan: Plan, options: dict[str, Any]) -> dict[str, Any] | State[Any]:
-    """One cell of the tables: its result, or a cancelled state when the time for it is up."""
+    """One cell of the tables: its result, or a cancelled state when the time is up or another process works on it."""
     try:
         return run_cell(plan, cell, **options)
+    except StageBusyError:
+        return Cancelled(name=BUSY, message="another process works on it, or on what it needs")
     except OutOfTime:
         return Cancelled(message="the budget is spent; the cell goes on from its last checkpoint in the next run")

@@ -28,7 +28,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
 def fake_quantize_activation(x: Tensor) -> Tensor:
     """`activation_scale * x_int8` in the dtype of `x`, with the straight-through gradient."""
     with torch.no_grad():
-        quantized = _rounded(x)
+        quantized = _rounded(x.detach())
     return straight_through(x, quantized)
 
 

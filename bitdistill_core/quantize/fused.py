@@ -4,6 +4,7 @@ A quantiser is some ten operations on each element, and a student quantises ever
 PyTorch's own variable TORCH_COMPILE_DISABLE=1 turns it off.
 """
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -11,16 +12,33 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def fused(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """The function, compiled for a first argument on a CUDA device and as it is for others."""
-    compiled = torch.compile(function)
+    """The function, compiled for a first argument on a CUDA device and as it is for others.
+
+    Compiled, a division may be off by an ulp or two. Where nothing can be compiled (no C compiler, an old GPU) the
+    function runs as it is, after a warning.
+    """
+    compiled = torch.compile(function, dynamic=True)
+    works = True
 
     @wraps(function)
     def call(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return compiled(first, *args, **kwargs) if first.is_cuda else function(first, *args, **kwargs)
+        nonlocal works
+        if works and first.is_cuda:
+            try:
+                return compiled(first, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what a compiler can raise has many types
+                works = False
+                reason = " ".join(str(error).split())[:300]
+                log.warning("quantisers run uncompiled, which is slower; a C compiler may be missing: %s", reason)
+        return function(first, *args, **kwargs)
 
     return call

@@ -174,12 +174,7 @@ def run_cell(
     """
     with locked(store / ".work" / "-".join(("cell", *cell.path.with_suffix("").parts)), fcntl.LOCK_EX):
         done = read_result(plan, cell, results, data_root=data_root)
-        try:
-            return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
-        finally:
-            if torch.cuda.is_initialized():  # other processes may need the memory that this one keeps for itself
-                gc.collect()
-                torch.cuda.empty_cache()
+        return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
 
 
 def _run_cell(
@@ -193,6 +188,9 @@ def _run_cell(
     floors: dict[str, float] = {}  # what needs no language model, in a classification task
     steps = {step.recipe: step for step in [examples, *last.before()]}.values()
     bases = [step for step in steps if step.stage is base]  # the student's, and the teacher's where it is another
+    for step in steps:  # before anything is read: what another process makes is waited for
+        with locked(step.work_root(store), fcntl.LOCK_SH):
+            pass
     for step in sorted(steps, key=lambda step: step.stage not in (data, base)):
         directory = step.directory(store)
         finished = execute(
@@ -233,6 +231,13 @@ def _run_cell(
     os.replace(temporary, path)
     kept.unlink(missing_ok=True)
     return result
+
+
+def release_memory() -> None:
+    """Gives the memory of a GPU that this process keeps for itself to others; behind the handling of an error."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def discard_checkpoints(plan: Plan, store: Path, finished: list[Cell], pending: list[Cell]) -> None:

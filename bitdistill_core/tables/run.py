@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill_core.manifest import StageBusyError
-from bitdistill_core.tables.cell import discard_checkpoints, read_result, run_cell
+from bitdistill_core.tables.cell import discard_checkpoints, read_result, release_memory, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 
-POLL_SECONDS = 2.0  # between two looks at cells that other processes work on
+POLL_SECONDS = 5.0  # between two looks at cells that other processes work on
 
 Tell = Callable[[str], None]
 RunCell = Callable[..., dict[str, Any]]  # takes what `run_cell` takes, and does it
@@ -64,7 +64,7 @@ def run_plan(
         budget_minutes: stop after so long, at a training checkpoint; the same call goes on from there. None: no limit.
         keep_checkpoints: keep models that no cell of the plan needs any more.
         run: what runs a cell; a flow gives each to a task of its own.
-        on_result: called for every cell that was run.
+        on_result: called for every cell that this process, or another one meanwhile, has run.
     Raises:
         ValueError: an unknown group, or an unreadable result.
     """
@@ -81,45 +81,53 @@ def run_plan(
     pending, outcome = found.left, Outcome(found.finished)
     others = [cell for cell in planned if cell not in cells]
     needing = found.left + survey(plan, others, results, data_root=data_root).left
-    queue, told, is_waiting = list(pending), set[Cell](), False
-    while queue:
-        # from the first again after each: what it waited for may be there now
-        for cell in queue:
-            place = f"[{len(cells) - len(queue) + 1}/{len(cells)}] {cell}"
-            started = time.monotonic()
-            try:
-                keep_time({}, 1)
-                if cell not in told:
-                    tell(place)
-                    told.add(cell)
-                result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
-            except StageBusyError:
-                continue
-            except OutOfTime:
-                outcome.left = queue
-                tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(queue)}")
-                return outcome
-            except (ValueError, RuntimeError) as error:
-                # one that diverges, or is too large for the GPU, costs no other
-                outcome.failed[cell] = " ".join(str(error).split())
-                tell(f"failed: {cell}: {outcome.failed[cell]}")
-                queue.remove(cell)
-                break
-            queue.remove(cell)
-            is_waiting = False
-            outcome.finished.append(cell)
-            headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-            tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
-            if on_result is not None:
-                on_result(cell, result)
-            if cell in planned and not keep_checkpoints:
-                # a cell that failed needs its checkpoints again, when its cause is mended
-                unfinished = [other for other in needing if other not in outcome.finished]
-                discard_checkpoints(plan, store, [cell], unfinished)
-            break
-        else:
-            if not is_waiting:
-                tell(f"waiting: other processes work on what is left, or on what it needs; cells left: {len(queue)}")
-            is_waiting = True
-            time.sleep(POLL_SECONDS)
+    queue, told = list(pending), set[Any]()
+
+    def tell_once(key: Any, text: str) -> None:
+        if key not in told:
+            tell(text)
+        told.add(key)
+
+    def attempt(cell: Cell) -> bool:
+        """Whether the cell has ended, well or not; False: another process works on it, or on what it needs."""
+        place = f"[{len(cells) - len(queue) + 1}/{len(cells)}] {cell}"
+        started = time.monotonic()
+        try:
+            keep_time({}, 1)
+            tell_once(cell, place)
+            result = run(plan, cell, store=store, results=results, data_root=data_root, report=keep_time)
+        except StageBusyError:
+            return False
+        except (ValueError, RuntimeError) as error:
+            # one that diverges, or is too large for the GPU, costs no other
+            outcome.failed[cell] = " ".join(str(error).split())
+            tell(f"failed: {cell}: {outcome.failed[cell]}")
+            return True
+        outcome.finished.append(cell)
+        headline = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        tell(f"{place}: {headline} ({time.monotonic() - started:.0f} s)")
+        if on_result is not None:
+            on_result(cell, result)
+        if cell in planned and not keep_checkpoints:
+            # a cell that failed needs its checkpoints again, when its cause is mended
+            unfinished = [other for other in needing if other not in outcome.finished]
+            discard_checkpoints(plan, store, [cell], unfinished)
+        return True
+
+    try:
+        while queue:
+            # from the first again after each: what it waited for may be there now
+            ended = next((cell for cell in queue if attempt(cell)), None)
+            release_memory()
+            if ended is None:
+                tell_once(
+                    len(queue),
+                    f"other processes work on what is left, or on what it needs: {len(queue)} cells; waiting",
+                )
+                time.sleep(POLL_SECONDS)
+            else:
+                queue.remove(ended)
+    except OutOfTime:
+        outcome.left = queue
+        tell(f"the budget of {budget_minutes} minutes is spent; cells left: {len(queue)}")
     return outcome

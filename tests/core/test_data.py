@@ -7,17 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
+from bitdistill_core import data
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
-from bitdistill_core.data import Example, ExampleBatches, collate, encode_prompt, load_examples
+from bitdistill_core.data import Example, ExampleBatches, collate, encode_prompt, encode_prompts, load_examples
 from bitdistill_core.losses import Totals
 from bitdistill_core.naive_bayes import fit_predict
 from bitdistill_core.sources import locate, read_rows
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.stages.data import _require_every_label, _sample, read_eval_splits, read_task
 from bitdistill_core.templates import TEMPLATES, Template
+from tests.core.conftest import Workshop
 
 
 @pytest.fixture
@@ -356,3 +359,22 @@ def test_dropping_agrees_with_comparing_all_pairs() -> None:
         )
 
     assert drop_contained(texts) == [i for i in range(300) if not is_contained(i)]
+
+
+def test_prompts_encoded_together_are_those_encoded_alone(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["the cat", "", "a longer text than the others", "42"]
+    monkeypatch.setattr(data, "PROMPTS_AT_ONCE", 3)
+    assert list(encode_prompts(workshop.tokenizer, texts)) == [encode_prompt(workshop.tokenizer, t) for t in texts]
+
+
+def test_a_padded_batch_has_the_same_tokens() -> None:
+    batch = collate([Example([1, 2, 3], [4]), Example([5], [6])], Totals(2, 6, 2))
+    padded = batch.padded(8)
+    assert padded.input_ids.shape == padded.labels.shape == (2, 8)
+    assert torch.equal(padded.input_ids[:, :4], batch.input_ids)
+    assert torch.equal(padded.labels[:, :4], batch.labels)
+    assert (padded.labels[:, 4:] == -100).all()
+    assert torch.equal(padded.is_token[:, :4], batch.is_token)
+    assert not padded.is_token[:, 4:].any()
+    assert padded.totals == batch.totals
+    assert torch.equal(batch.padded(4).input_ids, batch.input_ids)

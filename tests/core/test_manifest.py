@@ -1,6 +1,7 @@
 """What is up to date, what is made again, and that nothing is ever half-written."""
 
 import errno
+import fcntl
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from bitdistill_core.manifest import Metrics, Report, Result, StageBusyError, execute, read_manifest
+from bitdistill_core.manifest import Metrics, Report, Result, StageBusyError, execute, locked, read_manifest
 
 
 class Config(BaseModel):
@@ -317,3 +318,25 @@ def test_a_stage_that_another_reads_is_found_but_not_replaced(tmp_path: Path) ->
     found = execute("next", reader, Config(value=0), Inputs(tmp_path / "out"), **places)
     assert found.metrics == {"value": 1.0}
     assert not run(source, tmp_path, value=2).was_up_to_date  # free again
+
+
+def test_an_input_that_is_missing_leaves_no_lock_and_one_that_is_being_made_says_so(tmp_path: Path) -> None:
+    def reader(config: Config, inputs: Inputs, **context: object) -> dict[str, float]:
+        raise AssertionError
+
+    places = {"directory": tmp_path / "n", "work_root": tmp_path / "w", "input_roots": [tmp_path / "work"]}
+    with pytest.raises(ValueError, match=r"no finished stage in path=.*out"):
+        execute("next", reader, Config(value=0), Inputs(tmp_path / "out"), **places)
+    assert not list(tmp_path.iterdir())
+    with (
+        locked(tmp_path / "work", fcntl.LOCK_EX),
+        pytest.raises(StageBusyError, match="another process is working on stage=work"),
+    ):
+        execute("next", reader, Config(value=0), Inputs(tmp_path / "out"), **places)
+
+
+def test_a_finished_stage_is_found_while_another_process_looks_at_it(tmp_path: Path) -> None:
+    source = Stage()
+    run(source, tmp_path, value=1)
+    with locked(tmp_path / "work", fcntl.LOCK_SH):
+        assert run(source, tmp_path, value=1).was_up_to_date

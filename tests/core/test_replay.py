@@ -103,7 +103,7 @@ def step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, precisi
         states, targets = (stack.enter_context(captured(m, [1])) for m in (model, teacher))
         ours, theirs = (stack.enter_context(captured_blocks(m)) for m in (model, teacher))
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        with torch.autocast(batch.lengths.device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
             with torch.no_grad():
                 teacher_hidden = losses.hidden_states(teacher, batch)
             hidden = losses.hidden_states(model, batch)

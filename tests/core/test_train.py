@@ -99,6 +99,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path: Path
     with pytest.raises(ValueError, match=r"toy diverged at step=6: loss, task_loss.* is not finite.* is step-4"):
         fit(tmp_path, loss_fn=loss_fn)
     assert [p.name for p in tmp_path.iterdir()] == ["step-4"]
+    calls[0] = 0
+    rare = tmp_path / "rare"  # what is read later is of the same step
+    with pytest.raises(ValueError, match=r"toy diverged at step=6: loss"):
+        fit(rare, loss_fn=loss_fn, report_every=100)
+    assert [p.name for p in rare.iterdir()] == ["step-4"]
 
 
 def test_gradient_norms_of_parts_are_reported(tmp_path: Path) -> None:

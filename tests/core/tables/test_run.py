@@ -211,7 +211,7 @@ def test_cells_of_other_processes_are_left_until_they_are_there(
     busy = {TEACHER: 3, PTQ: 3, STUDENT: 3}
     folder.run(plan, run=run_other)
     assert [line for line in folder.told if "other processes" in line] == [
-        "waiting: other processes work on what is left, or on what it needs; cells left: 3"
+        "other processes work on what is left, or on what it needs: 3 cells; waiting"
     ]
 
 
