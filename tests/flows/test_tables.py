@@ -1,7 +1,10 @@
 """The tables as a Prefect flow, on a real server, at a scale of seconds."""
 
+import fcntl
 import logging
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ParameterTypeError
 
+from bitdistill_core.manifest import locked
+from bitdistill_core.tables import run
 from flows.tables import tables
 from tests.conftest import ROOT
 from tests.flows.test_convert import artifact
@@ -64,6 +69,23 @@ def test_a_spent_budget_leaves_cells_and_a_cancelled_task(
     assert state.result()["left"] == 2
     assert list(task_states(state).values()) == ["Cancelled"]
     assert "the budget of 0.05 minutes is spent; cells left: 2" in caplog.text
+
+
+def test_a_cell_of_another_process_is_waited_for(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.5)
+    with ExitStack() as other:
+        cell = Path("runs/tables/tiny/.work/cell-small-reviews-fp16_sft-seed0")
+        other.enter_context(locked(cell, fcntl.LOCK_EX))
+        timer = Timer(3.0, other.close)
+        timer.start()
+        state = tables(**options, groups=["table1"], return_state=True)
+        timer.join()
+    assert state.result() == {"finished": 2, "left": 0, "directory": "results/tiny"}
+    with get_client(sync_client=True) as client:
+        flow_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        states = {item.state_name for item in client.read_task_runs(flow_run_filter=flow_run)}
+    assert states == {"Busy", "Completed"}
+    assert float(artifact("cells")) == 100
 
 
 def test_a_wrong_parameter_is_one_error_before_any_cell(options: dict[str, Any], tmp_path: Path) -> None:
