@@ -43,15 +43,22 @@ def require_same_blocks(student: PreTrainedModel, teacher: PreTrainedModel, key:
         )
 
 
-def hidden_kd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Relative squared distance of block outputs, () fp32: |h_s - h_t|^2 / |h_t|^2, mean over blocks and tokens.
+def hidden_kd_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch, channel_weights: Tensor | None = None
+) -> Tensor:
+    """Relative squared distance of block outputs, () fp32: |w (h_s - h_t)|^2 / |w h_t|^2, mean over blocks and tokens.
 
     Relative to each token, since some tokens of a language model have outputs hundreds of times the usual size.
+
+    Args:
+        channel_weights: w, (D) fp32; None: 1.
     """
     is_token = batch.is_token
     total = batch.lengths.new_zeros((), dtype=torch.float32)
     for ours, theirs in zip(student, teacher, strict=True):
-        theirs = theirs.detach().float()
-        error = (ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_(min=1e-6)
+        ours, theirs = ours.float(), theirs.detach().float()
+        if channel_weights is not None:
+            ours, theirs = ours * channel_weights, theirs * channel_weights
+        error = (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_(min=1e-6)
         total = total + (error * is_token).sum()
     return total / (len(student) * batch.totals.num_tokens)

@@ -61,6 +61,7 @@ def train_blocks(
     report: Report,
     device: torch.device,
     precision: Literal["float32", "bfloat16"],
+    channel_weights: Literal["none", "next_norm"] = "none",
     **options: Any,
 ) -> Metrics:
     """Trains the student's blocks in place, gives it the teacher's embeddings, final norm and head, and returns the
@@ -73,6 +74,7 @@ def train_blocks(
         student, teacher: of as many blocks and the same width; the teacher on `device`.
         steps: the micro-batches of each optimiser step of an epoch; their hidden states stay in memory.
         precision: of the forward passes and the hidden states held.
+        channel_weights: of the distance; next_norm: the gains of the teacher's norm that reads the block's output.
         options: what else `train.fit` takes.
     Raises:
         ValueError: a block diverged.
@@ -94,6 +96,7 @@ def train_blocks(
         num_blocks = len(ours.decoder_blocks)
         for index, block in enumerate(ours.decoder_blocks):
             theirs.advance()
+            weights = _next_gains(teacher, index) if channel_weights == "next_norm" else None
             finished = work_dir / f"block-{index}.safetensors"
             if finished.is_file():
                 block.load_state_dict(load_file(finished))
@@ -101,7 +104,7 @@ def train_blocks(
                 train.fit(
                     block,
                     partial(_step_batches, flat, ends, ours.hidden, theirs.hidden, [seed, index]),
-                    _loss_fn(ours, device),
+                    _loss_fn(ours, device, weights),
                     name=name,
                     title=f"{name} {index + 1}/{num_blocks}",
                     num_steps=num_steps,
@@ -115,7 +118,7 @@ def train_blocks(
                 _save(block, finished)
             ours.advance()
             errors = [
-                hidden_kd_loss([student_states], [teacher_states], batch)
+                hidden_kd_loss([student_states], [teacher_states], batch, weights)
                 for student_states, teacher_states, batch in zip(ours.hidden, theirs.hidden, flat, strict=True)
             ]
             metrics = {f"{name}/block_error": float(torch.stack(errors).double().sum()) / len(steps)}
@@ -124,15 +127,17 @@ def train_blocks(
     return metrics
 
 
-def _loss_fn(passage: Passage, device: torch.device) -> train.LossFn:
+def _loss_fn(passage: Passage, device: torch.device, weights: Tensor | None = None) -> train.LossFn:
     """The distance of the present block's output from its target; on a GPU replayed."""
     if device.type != "cuda":
-        return lambda micro: {"hidden_kd": hidden_kd_loss([passage.run(micro.states)], [micro.target], micro.batch)}
+        return lambda micro: {
+            "hidden_kd": hidden_kd_loss([passage.run(micro.states)], [micro.target], micro.batch, weights)
+        }
 
     def distance(parameters: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         states, target, input_ids, lengths = inputs
         batch = Batch(input_ids, input_ids, lengths, Totals(1, 1, 1))  # a sum: totals are no tensors
-        return (hidden_kd_loss([passage.run(states, parameters)], [target], batch),)
+        return (hidden_kd_loss([passage.run(states, parameters)], [target], batch, weights),)
 
     replay = Replay(distance, passage.block)
 
@@ -141,6 +146,16 @@ def _loss_fn(passage: Passage, device: torch.device) -> train.LossFn:
         return {"hidden_kd": total / micro.batch.totals.num_tokens}
 
     return loss_fn
+
+
+@torch.no_grad()
+def _next_gains(teacher: PreTrainedModel, index: int) -> Tensor:
+    """(D) fp32: the gains of the norm behind block `index`, whatever the architecture adds to them (Gemma: 1)."""
+    decoder = teacher.get_decoder()
+    is_last = index + 1 == len(decoder.layers)
+    norm = decoder.norm if is_last else decoder.layers[index + 1].input_layernorm
+    ones = torch.ones(1, int(teacher.config.hidden_size), device=teacher.device)  # of which a norm makes its gains
+    return norm(ones)[0].float()
 
 
 def read_block_metrics(work_dir: Path) -> Metrics:

@@ -187,6 +187,7 @@ class BlockwiseConfig(Section):
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=0)  # sequences a step, in one micro-batch; 0: as in the rest of the stage
     num_tokens: int = Field(gt=0)  # at most; the hidden states of so many tokens are held in memory
+    channel_weights: Literal["none", "next_norm"]  # of the distance: the gains of the norm that reads the output
 
 
 class TaskBlockwiseConfig(BlockwiseConfig):

@@ -190,7 +190,7 @@ def train_blockwise(
             break
         steps.append(micro_batches)
     options = _options(config, name=f"{name}.blockwise", work_dir=work_dir / "blockwise", report=report, device=device)
-    options.update(config.blockwise.model_dump(include={"num_epochs", "learning_rate"}))
+    options.update(config.blockwise.model_dump(include={"num_epochs", "learning_rate", "channel_weights"}))
     if config.blockwise.batch_size:  # as many sequences between two reports, and two checkpoints, as in the stage
         for key in ("report_every", "checkpoint_every"):
             options[key] = max(1, options[key] * config.batch_size // config.blockwise.batch_size)

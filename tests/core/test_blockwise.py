@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitdistill_core.blockwise import train_blocks
+from bitdistill_core.block_outputs import hidden_kd_loss
+from bitdistill_core.blockwise import _next_gains, train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
@@ -22,7 +23,7 @@ from tests.core.test_block_outputs import block_outputs, num_hooks
 from tests.core.test_losses import make_batch, split
 from tests.core.test_stage_options import load
 
-BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "batch_size": 0, "num_tokens": 10**6}
+BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "batch_size": 0, "num_tokens": 10**6, "channel_weights": "none"}
 ON_TASK = {**BLOCKWISE, "drop_contained": False}
 OPTIONS: dict[str, Any] = {
     "name": "distill.blockwise",
@@ -261,3 +262,48 @@ def test_a_teacher_of_other_depth_is_refused(workshop: Workshop) -> None:
     inputs = {"student": student, "teacher": teacher, "data": workshop.data}
     with pytest.raises(ValueError, match=r"distill\.blockwise compares block with block.*got student=\(2, 32\), tea"):
         workshop.run(distill, section("distill", blockwise=ON_TASK), inputs, "distilled")
+
+
+def test_gains_are_those_of_the_norm_that_reads_a_block(any_model: PreTrainedModel) -> None:
+    decoder = any_model.get_decoder()
+    generator = torch.Generator().manual_seed(0)
+    norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
+    x = torch.randn(5, any_model.config.hidden_size, generator=generator)
+    for index, norm in enumerate(norms):
+        gains = _next_gains(any_model, index)
+        torch.testing.assert_close(norm(x), x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gains)
+
+
+def test_blocks_are_trained_on_the_channels_that_the_next_norm_weighs(tmp_path: Path) -> None:
+    teacher = build("llama").requires_grad_(False)
+    with torch.no_grad():  # half of the channels count for nothing behind the first block
+        teacher.get_decoder().layers[1].input_layernorm.weight[::2] = 1e-3
+    counts = torch.arange(teacher.config.hidden_size) % 2 == 1
+    flat = [batch for step in STEPS for batch in step]
+    errors = {}
+    for weights in ("none", "next_norm"):
+        student = student_of(teacher).requires_grad_(True)
+        log: list[Metrics] = []
+        train_blocks(
+            student,
+            teacher,
+            STEPS,
+            work_dir=tmp_path / weights,
+            report=lambda metrics, _, log=log: log.append(metrics),
+            channel_weights=weights,
+            **OPTIONS,
+        )
+        relative, wanted = [], 0.0
+        for batch in flat:
+            with torch.no_grad():
+                ours, theirs = (block_outputs(model, batch.input_ids)[0] for model in (student, teacher))
+            relative.append(hidden_kd_loss([ours[..., counts]], [theirs[..., counts]], batch))
+            gains = _next_gains(teacher, 0) if weights == "next_norm" else torch.ones(())
+            wanted += float(hidden_kd_loss([ours * gains], [theirs * gains], batch))
+        errors[weights] = float(sum(relative))
+        reported = next(m["distill.blockwise/block_error"] for m in log if "distill.blockwise/block_error" in m)
+        assert reported == pytest.approx(wanted / len(STEPS), rel=1e-4)
+    assert errors["next_norm"] < 0.9 * errors["none"]
