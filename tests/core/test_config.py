@@ -85,7 +85,7 @@ def test_a_seed_replaces_every_seed() -> None:
         ("pretrain.num_tokens=100", r"num_tokens must be 0 or at least one step's tokens, block_size \* batch_size = "),
         ("base.scratch.num_tokens=100", r"num_tokens must be 0 or at least one step's tokens"),
         (
-            "pretrain.blockwise={num_epochs: 1, learning_rate: 0.1, batch_size: 0, channel_weights: none, num_tokens: 9}",
+            "pretrain.blockwise={num_epochs: 1,learning_rate: 0.1,batch_size: 0,channel_weights: none,num_tokens: 9}",
             r"got blockwise\.num_tokens=9",
         ),
         ("benchmark.new_tokens=1", r"benchmark\.new_tokens: Input should be greater than or equal to 2"),
