@@ -1,5 +1,6 @@
 """Options of the stages that train a student, against their equations: what a stage reports is computed anew."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def test_a_margin_needs_the_absmean_scale(workshop: Workshop, student: Path) -> 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
 def test_a_teacher_in_bfloat16_keeps_its_positions(workshop: Workshop, model_type: str) -> None:
     path = workshop.model("teacher", model_type)
-    taught, _ = load_teacher(path, section("distill", precision="bfloat16"), torch.device("cpu"))
+    taught, _ = load_teacher(path, section("distill", precision="bfloat16"), torch.device("cpu"), ExitStack())
     assert {p.dtype for p in taught.parameters()} == {torch.bfloat16}
     buffers = dict(taught.named_buffers())
     assert any("inv_freq" in name for name in buffers)
