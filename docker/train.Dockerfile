@@ -21,11 +21,6 @@ RUN --mount=type=cache,target=/root/.cache \
  && rm -rf build
 
 FROM python:3.11-slim-bookworm
-# PyTorch compiles kernels for a GPU when it first needs them.
-# hadolint ignore=DL3008
-RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/*
 # Named volumes take the owner of the directory they cover, so these exist in the image.
 RUN groupadd --gid 10001 bitdistill \
  && useradd --uid 10001 --gid 10001 --create-home bitdistill \
