@@ -28,7 +28,7 @@ from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
-from bitdistill_core.replay import LENGTH_MULTIPLE, Replay
+from bitdistill_core.replay import Replay, length_multiple
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def train_blocks(
     """
     nn.Module.to(student, device).eval()
     _take_over_frame(student, teacher)
-    flat = [
-        batch.padded(LENGTH_MULTIPLE if device.type == "cuda" else 1).to(device) for step in steps for batch in step
-    ]
+    flat = [batch.padded(length_multiple(device)).to(device) for step in steps for batch in step]
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
     metrics: Metrics = {}

@@ -260,11 +260,11 @@ def _finished(directory: Path, fingerprint: str) -> Result | None:
     if not path.is_file():
         return None
     try:
+        if json.loads(path.read_text()).get("fingerprint") != fingerprint:
+            return None  # before its outputs are read
         manifest = read_manifest(directory)
     except ValueError:
         return None  # damaged: make it again
-    if manifest.get("fingerprint") != fingerprint:
-        return None
     metrics: Metrics = json.loads((directory / METRICS).read_text())
     return Result(directory, metrics, was_up_to_date=True, seconds=float(manifest["seconds"]))
 

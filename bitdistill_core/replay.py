@@ -188,6 +188,11 @@ class _Stack(nn.Module):
         return normed
 
 
+def length_multiple(device: torch.device) -> int:
+    """What lengths of sequences are padded to multiples of."""
+    return LENGTH_MULTIPLE if device.type == "cuda" else 1
+
+
 @contextmanager
 def replayed_decoder(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Within, the decoder of a model that is trained or teaches on a CUDA device replays its blocks; elsewhere nothing.

@@ -24,7 +24,7 @@ from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.quantize.latent import latent_weight
 from bitdistill_core.quantize.rows import round_rows
 from bitdistill_core.quantize.weight import quantize_weight
-from bitdistill_core.replay import LENGTH_MULTIPLE, replayed_decoder
+from bitdistill_core.replay import length_multiple, replayed_decoder
 from bitdistill_core.stages.data import examples_path, read_task
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def train_on_task(
     with _replayed(model, device, on_step):
         metrics = train.fit(
             model,
-            _few_lengths(batches, device),
+            lambda step: [batch.padded(length_multiple(device)) for batch in batches(step)],
             loss_fn if loss_fn is not None else _task_loss_fn(model),
             num_steps=max(1, round(config.num_epochs * batches.steps_per_epoch)),
             grad_norm_every=grad_norm_every,
@@ -333,15 +333,6 @@ def _replayed(
 ) -> AbstractContextManager[None]:
     """Replays the student's passes on a GPU, unless something changes what is computed from step to step."""
     return replayed_decoder(model, device) if on_step is None else nullcontext()
-
-
-def _few_lengths(
-    batches: Callable[[int], Sequence[losses.Batch]], device: torch.device
-) -> Callable[[int], Sequence[losses.Batch]]:
-    """The same batches; on a CUDA device padded, so that few shapes are recorded there."""
-    if device.type != "cuda":
-        return batches
-    return lambda step: [batch.padded(LENGTH_MULTIPLE) for batch in batches(step)]
 
 
 def _options(config: TrainSection, **context: Any) -> dict[str, Any]:
