@@ -32,6 +32,10 @@ void add_blocks(const Kernels& kernels, const Product& product, int panel, int n
   const bool is_apart = product.add && linear.num_blocks > 1;
   float* const to = is_apart ? total : out;
   const std::size_t to_stride = is_apart ? kPairRows : stride;
+  // What is written comes from memory while it is computed.
+  for (int t = 0; t < tokens; ++t) {
+    for (int r = 0; r < num_panels * kPanelRows; r += 16) __builtin_prefetch(out + t * stride + r, 1);
+  }
   for (int block = 0; block < linear.num_blocks; ++block) {
     integer_sums(block, sums);
     for (int i = 0; i < num_panels; ++i) {
