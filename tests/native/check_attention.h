@@ -43,7 +43,7 @@ void check_halves(Checker& checker) {
       std::copy_n(four, 4, values + 4 * i);
     }
     checker.kernels.store_key_value(head, zeros, values, 0, head_dim, head_dim);
-    checker.kernels.attend(tile);
+    checker.kernels.attend(&tile, 1);
     for (int i = 0; i < head_dim; ++i) {
       const double expected = std::isnan(values[i]) ? values[i] : round_to_half(values[i]);
       const bool both_nan = std::isnan(expected) && std::isnan(out[i]) && std::isnan(half_value(value[i]));
@@ -128,7 +128,7 @@ void check_tile(Checker& checker, int head_dim, bool half, int length, bool is_w
     tile.last[0] = lasts[row];
     tile.rows = 1;
     tile.scores = scores + std::size_t(kTileTokens - 1) * cache.capacity;
-    checker.kernels.attend(tile);
+    checker.kernels.attend(&tile, 1);
   }
   for (int rows = 1; rows <= kTileTokens; ++rows) {
     std::memset(out, 0xff, out.size * sizeof(float));
@@ -140,7 +140,7 @@ void check_tile(Checker& checker, int head_dim, bool half, int length, bool is_w
     }
     tile.rows = rows;
     tile.scores = scores;
-    checker.kernels.attend(tile);
+    checker.kernels.attend(&tile, 1);
     for (int row = 0; row < rows; ++row) {
       if (rows == kTileTokens) check_row(checker, cache, tile, row);
       checker.same(tile.out[row], alone + std::size_t(row) * head_dim, head_dim, "row alone and in a tile", rows, row);
@@ -151,6 +151,42 @@ void check_tile(Checker& checker, int head_dim, bool half, int length, bool is_w
   }
 }
 
+// Several tiles at once, outputs in the place of queries, against each tile alone.
+void check_tiles(Checker& checker, int head_dim, bool half, int length, bool is_windowed) {
+  const int value_stride = (head_dim + 15) / 16 * 16;
+  const std::size_t tile_size = std::size_t(kTileTokens) * head_dim;
+  Cache cache(checker.kernels, length, head_dim, value_stride, half);
+  Guarded<float> rows(kMostTiles * tile_size), alone(rows.size);
+  Guarded<float> scores(std::size_t(kMostTiles) * kTileTokens * cache.capacity);
+  fill(rows, -2.0f, 2.0f);
+  std::memcpy(alone, rows, rows.size * sizeof(float));
+  AttentionTile tiles[kMostTiles] = {};
+  for (int i = 0; i < kMostTiles; ++i) {
+    AttentionTile& tile = tiles[i];
+    tile.head_dim = head_dim;
+    tile.value_stride = value_stride;
+    tile.scale = 1.0f / std::sqrt(float(head_dim));
+    tile.head = cache.head;
+    tile.scores_stride = cache.capacity;
+    tile.scores = scores + std::size_t(i) * kTileTokens * cache.capacity;
+    tile.rows = random_int(1, kTileTokens);
+    for (int row = 0; row < tile.rows; ++row) {
+      tile.last[row] = random_int(1, length);
+      tile.first[row] = is_windowed ? random_int(0, tile.last[row] - 1) : 0;
+      tile.query[row] = tile.out[row] = alone + i * tile_size + std::size_t(row) * head_dim;
+    }
+    checker.kernels.attend(&tile, 1);
+    for (int row = 0; row < tile.rows; ++row) {
+      tile.query[row] = tile.out[row] = rows + i * tile_size + std::size_t(row) * head_dim;
+    }
+  }
+  const int count = random_int(2, kMostTiles);
+  checker.kernels.attend(tiles, count);
+  for (int i = 0; i < count; ++i) {
+    checker.same(rows + i * tile_size, alone + i * tile_size, tile_size, "tile alone and beside others", i, count);
+  }
+}
+
 void check_attention(Checker& checker) {
   checker.function = "store_key_value";
   check_halves(checker);
@@ -158,6 +194,7 @@ void check_attention(Checker& checker) {
   for (int head_dim : {4, 16, 80, 128, 256}) {
     for (int length : {1, 2, 15, 16, 17, 33, 100, 257}) {
       for (int i = 0; i < 4; ++i) check_tile(checker, head_dim, i % 2, length, i / 2);
+      for (int i = 0; i < 4; ++i) check_tiles(checker, head_dim, i % 2, length, i / 2);
     }
   }
 }

@@ -32,6 +32,9 @@ struct KeyValueHead {
 
 constexpr int kKeyBlock = 16;
 
+// Tiles of attention that share the keys and values they read.
+constexpr int kMostTiles = 4;
+
 // Up to kTileTokens rows of queries against one head of keys. Row i sees the positions [first[i], last[i]).
 struct AttentionTile {
   const float* query[kTileTokens];
@@ -93,7 +96,8 @@ struct Kernels {
   void (*store_key_value)(const KeyValueHead& head, const float* key, const float* value, int position, int head_dim,
                           int value_stride);
 
-  void (*attend)(const AttentionTile& tile);
+  // Softmax attention of up to kMostTiles tiles with the same head. A query may lie where its row's output goes.
+  void (*attend)(const AttentionTile* tiles, int count);
 
   // w_int8 (32 * num_groups) of row r of a panel of `scan`, and its rows of `next` and `rest`.
   void (*decode_row)(const uint8_t* scan_panel, int r, const uint8_t* next, const uint8_t* rest, int num_groups,

@@ -95,7 +95,7 @@ struct Scratch {
   Buffer<float> row;        // a normed token
   Buffer<int8_t> row_int8;
   Buffer<float> up;
-  Buffer<float> scores;
+  Buffer<float> attention;  // rows of queries and their scores
 };
 
 // out = x @ w^T, (tokens, stride) float; rows beyond n up to the next multiple of 16 are written too.

@@ -30,8 +30,8 @@ void for_tokens(Team& team, int count, Work&& work) {
 // Tokens that go through a layer together: enough to share unpacked weights, few enough that the buffers stay small.
 constexpr int kChunkTokens = 16 * kTileTokens;
 
-// Rows of attention that a thread takes at once.
-constexpr int kShareRows = 8 * kTileTokens;
+// Rows of attention that a thread takes at once, and how many scores of them it keeps, unless one tile has more.
+constexpr int kShareRows = 2 * kMostTiles * kTileTokens, kMostScores = 32768;
 
 // Positions whose keys and values a workspace keeps between calls.
 constexpr int kKeptSlots = 8192;
@@ -338,36 +338,50 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     }
     t = end;
   }
-  const int scores_stride = round_up(longest, kKeyBlock);
+  const int scores_stride = round_up(longest, kKeyBlock) + kKeyBlock;  // no power of two, whose rows share cache lines
+  const std::size_t tile_scores = std::size_t(kTileTokens) * scores_stride, tile_rows = std::size_t(kTileTokens) * d;
+  const int num_tiles = int(std::clamp<std::size_t>(kMostScores / tile_scores, 1, kMostTiles));  // at once
   team_.run(int(shares.size()), [&](int item, int thread) {
     const Share& share = shares[item];
-    AttentionTile tile;
-    tile.head_dim = d;
-    tile.value_stride = config.value_stride();
-    tile.scale = config.attention_scale;
-    tile.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
+    AttentionTile all;  // what its tiles have in common
+    all.head_dim = d;
+    all.value_stride = config.value_stride();
+    all.scale = config.attention_scale;
+    all.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
     if (single) {  // one token of a generation: a step less if each head prepares itself
       const std::size_t kv_stride = round_up(layer.k.n, kPanelRows);
       float* const key = q + stride + share.kv_head * d;
       rotate(0, layer.norms.key, 1, key);
-      kernels.store_key_value(tile.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());
+      kernels.store_key_value(all.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());
       rotate(0, layer.norms.query, group, q + share.kv_head * group * d);
     }
-    tile.scores_stride = scores_stride;
-    tile.scores = space.scratch[thread].scores.get(std::size_t(kTileTokens) * scores_stride);
+    all.scores_stride = scores_stride;
+    float* const rows = space.scratch[thread].attention.get(num_tiles * (tile_rows + tile_scores));
+    float* const scores = rows + num_tiles * tile_rows;
     const int num_rows = share.num_tokens * group;
     const int last_row = std::min(num_rows, share.first_row + kShareRows);
-    for (int row = share.first_row; row < last_row; row += kTileTokens) {
-      tile.rows = std::min(kTileTokens, last_row - row);
-      for (int r = 0; r < tile.rows; ++r) {
-        const int token = share.first_token + (row + r) / group, position = tokens.position_of[token];
-        const std::size_t at = token * stride + (share.kv_head * group + (row + r) % group) * d;
-        tile.query[r] = q + at;
-        tile.out[r] = q + at;  // read before it is written
-        tile.first[r] = layer.window > 0 ? std::max(0, position + 1 - layer.window) : 0;
-        tile.last[r] = position + 1;
+    const auto query_of = [&](int row) {
+      return q + (share.first_token + row / group) * stride + (share.kv_head * group + row % group) * d;
+    };
+    for (int begin = share.first_row, end; begin < last_row; begin = end) {
+      end = std::min(last_row, begin + num_tiles * kTileTokens);
+      // Queries and outputs lie together here: where they come from, many share a few sets of the cache.
+      for (int row = begin; row < end; ++row) std::memcpy(rows + (row - begin) * d, query_of(row), sizeof(float) * d);
+      AttentionTile tiles[kMostTiles];
+      int count = 0;
+      for (int row = begin; row < end; row += kTileTokens, ++count) {
+        AttentionTile& tile = tiles[count] = all;
+        tile.scores = scores + count * tile_scores;
+        tile.rows = std::min(kTileTokens, end - row);
+        for (int r = 0; r < tile.rows; ++r) {
+          const int position = tokens.position_of[share.first_token + (row + r) / group];
+          tile.query[r] = tile.out[r] = rows + (row + r - begin) * d;
+          tile.first[r] = layer.window > 0 ? std::max(0, position + 1 - layer.window) : 0;
+          tile.last[r] = position + 1;
+        }
       }
-      kernels.attend(tile);
+      kernels.attend(tiles, count);
+      for (int row = begin; row < end; ++row) std::memcpy(query_of(row), rows + (row - begin) * d, sizeof(float) * d);
     }
   });
 }
