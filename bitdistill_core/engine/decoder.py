@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
-from bitdistill_core.engine.kernels import _native, expand_base3, is_sound, streams_base3
+from bitdistill_core.engine.kernels import _native, empty_lines, expand_base3, is_sound, streams_base3
 from bitdistill_core.engine.memory import part_of
 from bitdistill_core.engine.tensors import CODES
 from bitdistill_core.packing import HASH_THREADS, PackedModel
-from bitdistill_core.panels import panel_scales
+from bitdistill_core.panels import packed_shape, panel_scales
 
 Floats = NDArray[np.float32]
 
@@ -133,7 +133,12 @@ def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[st
 
     Codes are views of the map, or expanded from base 3 for a kernel that does not stream it; scales are copies.
     """
+    linears = linear_layers(model.config)
     must_expand = model.encoding == "base3" and not streams_base3(kernel)
+    expanded: dict[str, np.ndarray] = {}
+    if must_expand:
+        arrays = empty_lines([packed_shape(linear.n, linear.k) for linear in linears.values()])
+        expanded = dict(zip(linears, arrays, strict=True))
 
     def arrays_of(name: str, linear: LinearLayer) -> dict[str, np.ndarray]:
         tensor = f"{name}.{CODES[model.encoding]}"
@@ -146,10 +151,10 @@ def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[st
                 "again"
             )
         if must_expand:
-            tensor, codes = f"{name}.w_packed", expand_base3(codes, linear.n, linear.k, num_blocks)
+            tensor = f"{name}.w_packed"
+            codes = expand_base3(codes, linear.n, linear.k, num_blocks, w_packed=expanded[name])
         return {tensor: codes, f"{name}.weight_scale": panel_scales(scale, linear.n)}
 
-    linears = linear_layers(model.config)
     with ThreadPoolExecutor(min(num_threads, HASH_THREADS)) as pool:
         found = list(pool.map(arrays_of, linears, linears.values()))
     return {name: array for arrays in found for name, array in arrays.items()}

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,13 +67,29 @@ def is_sound(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> b
     return _native.is_sound(codes, n, k, num_blocks)
 
 
-def expand_base3(w_base3: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> NDArray[np.uint8]:
-    """The `w_packed` that `w_base3` holds, on a 64-byte address. Wrong codes, see `is_sound`, give wrong codes."""
+def empty_lines(shapes: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8]]:
+    """Uninitialised uint8 arrays of whole lines, on 64-byte addresses, side by side in one block of memory.
+
+    NumPy asks for a block of megabytes in large pages, which are read faster than many small ones.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    block = np.empty(sum(sizes) + LINE_BYTES, np.uint8)
+    ends = (-block.ctypes.data % LINE_BYTES) + np.cumsum(sizes)
+    return [block[end - size : end].reshape(shape) for shape, size, end in zip(shapes, sizes, ends, strict=True)]
+
+
+def expand_base3(
+    w_base3: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1, *, w_packed: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The `w_packed` that `w_base3` holds, in the array given or a new one, on a 64-byte address.
+
+    Wrong codes, see `is_sound`, give wrong codes.
+    """
     _check_array("w_base3", w_base3, np.dtype(np.uint8), 2)
     _check_codes(w_base3, n, k, num_blocks)
-    shape = packed_shape(n, k)
-    buffer = np.empty(math.prod(shape) + LINE_BYTES, np.uint8)
-    w_packed = buffer[-buffer.ctypes.data % LINE_BYTES :][: math.prod(shape)].reshape(shape)
+    if w_packed is None:
+        (w_packed,) = empty_lines([packed_shape(n, k)])
+    _check_codes(w_packed, n, k, num_blocks)
     _native.expand_base3(w_base3, num_blocks, w_packed, k)
     return w_packed
 

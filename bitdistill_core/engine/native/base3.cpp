@@ -1,19 +1,9 @@
 #include "base3.h"
 
-#include <array>
 #include <cstring>
 
 namespace bitdistill {
 namespace {
-
-// Two bits a code of the three in each value, the first lowest.
-constexpr std::array<uint8_t, 32> kThreeCodes = [] {
-  std::array<uint8_t, 32> codes{};
-  for (int value = 0; value < kBase3Values; ++value) {
-    codes[value] = uint8_t(value % 3 | value / 3 % 3 << 2 | value / 9 << 4);
-  }
-  return codes;
-}();
 
 // A value of 27 or more has bits 3 and 4, and bit 2 or both of the lowest two.
 bool is_sound_group(const uint8_t* group) {
@@ -36,15 +26,28 @@ bool has_code_3(const uint8_t* bytes, std::size_t count) {
   return (found & 0x55) != 0;
 }
 
-// A byte of each of the six lines is four of the 24 steps of its row and column: 48 bits, six of each value.
-void expand_group(const uint8_t* group, uint8_t* lines) {
-  for (int j = 0; j < kLineBytes; ++j) {
-    uint64_t codes = 0;
-    for (int i = 0; i < 8; ++i) {
-      const int nibble = group[i / 2 * kLineBytes + j] >> i % 2 * 4 & 15, bit = group[4 * kLineBytes + j] >> i & 1;
-      codes |= uint64_t(kThreeCodes[bit << 4 | nibble]) << 6 * i;
+// The three codes of a value, two bits each, the first lowest. Comparisons, as vectors of bytes have no division.
+inline uint8_t three_codes(uint8_t value) {
+  const uint8_t third = uint8_t((value >= 9) + (value >= 18));
+  value = uint8_t(value - 9 * third);
+  const uint8_t second = uint8_t((value >= 3) + (value >= 6));
+  return uint8_t((value - 3 * second) | second << 2 | third << 4);
+}
+
+// A byte of each of the six lines is four of the 24 steps of its row and column; four values, 24 bits, are three lines.
+void expand_group(const uint8_t* __restrict group, uint8_t* __restrict lines) {
+  const uint8_t* const fifth_bits = group + 4 * kLineBytes;
+  for (int half = 0; half < 2; ++half, group += 2 * kLineBytes, lines += 3 * kLineBytes) {
+    for (int j = 0; j < kLineBytes; ++j) {
+      const uint8_t low = group[j], high = group[kLineBytes + j], bits = uint8_t(fifth_bits[j] >> 4 * half);
+      const uint8_t a = three_codes(uint8_t((low & 15) | (bits & 1) << 4));
+      const uint8_t b = three_codes(uint8_t(low >> 4 | (bits & 2) << 3));
+      const uint8_t c = three_codes(uint8_t((high & 15) | (bits & 4) << 2));
+      const uint8_t d = three_codes(uint8_t(high >> 4 | (bits & 8) << 1));
+      lines[j] = uint8_t(a | b << 6);
+      lines[kLineBytes + j] = uint8_t(b >> 2 | c << 4);
+      lines[2 * kLineBytes + j] = uint8_t(c >> 4 | d << 2);
     }
-    for (int line = 0; line < kBase3Lines; ++line) lines[line * kLineBytes + j] = uint8_t(codes >> 8 * line);
   }
 }
 
