@@ -93,11 +93,14 @@ class PackedModel:
         """How the file holds ternary codes."""
         return encoding_of(self.tensors)
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor's values, read and not mapped: what is used once does not stay in memory."""
+    def read(self, name: str, buffer: bytearray | None = None) -> np.ndarray:
+        """A tensor's values, read and not mapped: what is used once does not stay in memory.
+
+        They lie in `buffer`, of at least their size, where one is given, until it is used again.
+        """
         tensor = self.tensors[name]
-        content = os.pread(self.file.fileno(), tensor.nbytes, self.offsets[name])
-        if len(content) < tensor.nbytes:
+        content = memoryview(bytearray(tensor.nbytes) if buffer is None else buffer)[: tensor.nbytes]
+        if os.preadv(self.file.fileno(), [content], self.offsets[name]) < tensor.nbytes:
             raise ValueError(f"path={self.path} was truncated while it was read; copy or pack it again")
         return np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
 

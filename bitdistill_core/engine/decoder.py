@@ -1,6 +1,7 @@
 """The native model of a packed file: the arrays and numbers that bitdistill_core/engine/native works on."""
 
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,15 +137,21 @@ def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[st
     linears = linear_layers(model.config)
     must_expand = model.encoding == "base3" and not streams_base3(kernel)
     expanded: dict[str, np.ndarray] = {}
+    buffers = threading.local()  # one a thread: many of their own would leave the heap with holes
     if must_expand:
         arrays = empty_lines([packed_shape(linear.n, linear.k) for linear in linears.values()])
         expanded = dict(zip(linears, arrays, strict=True))
+        largest = max(model.tensors[f"{name}.{CODES[model.encoding]}"].nbytes for name in linears)
 
     def arrays_of(name: str, linear: LinearLayer) -> dict[str, np.ndarray]:
         tensor = f"{name}.{CODES[model.encoding]}"
         scale = model.read(f"{name}.weight_scale")
         num_blocks = scale.shape[1] if scale.ndim == 2 else 1
-        codes = model.read(tensor) if must_expand else model.tensors[tensor]
+        codes = model.tensors[tensor]
+        if must_expand:
+            if not hasattr(buffers, "buffer"):
+                buffers.buffer = bytearray(largest)
+            codes = model.read(tensor, buffers.buffer)
         if not is_sound(codes, linear.n, linear.k, num_blocks):
             raise ValueError(
                 f"path={model.path} is corrupted: tensor={tensor} holds codes that are no ternary weights; pack it "

@@ -71,6 +71,55 @@ void check_ternary(Checker& checker, int num_lines, int pattern) {
   checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines, pattern);
 }
 
+// A panel by tables, block after block, against sums of products; a partial sum is flushed when the next might not fit.
+void check_tables(Checker& checker, int num_lines, int pattern) {
+  if (checker.kernels.tables == nullptr) return;
+  const TableKernels& tables = *checker.kernels.tables;
+  checker.function = "tables";
+  const int k = num_lines * kLineK, steps = k / 4, block_steps = kTableTriples / 4 * 3;
+  const int num_blocks = (steps + block_steps - 1) / block_steps, last_steps = steps - (num_blocks - 1) * block_steps;
+  Guarded<uint8_t> lines(std::size_t(num_lines) * kLineBytes, num_lines % 2), codes(std::size_t(k) * kPanelRows);
+  for (std::size_t i = 0; i < lines.size; ++i) {
+    lines[i] = pattern == kAlternating ? 0 : 0xaa;  // four weights -1, or four weights 1
+    for (int p = 0; pattern == kRandom && p < 4; ++p) lines[i] = uint8_t(lines[i] << 2 | random_int(0, 2));
+  }
+  scalar_kernels()->unpack_panel(lines, num_lines, codes);
+  Guarded<int8_t> x_tile(std::size_t(k) * kTableTokens, num_lines % 2);
+  fill_activations(x_tile, k * kTableTokens, pattern);
+  const std::size_t last_names = std::size_t(last_steps + 2) / 3 * 4 * kPanelRows;
+  Guarded<uint8_t> names(std::size_t(num_blocks - 1) * 2 * kBlockNames + last_names);  // as if there were two panels
+  tables.name_triples(lines, num_lines, names, 2 * kBlockNames);
+  Guarded<int16_t> table(std::size_t(kTableTriples) * kNumTriples * kTableTokens), partial(kPanelRows * kTableTokens);
+  Guarded<int32_t> sums(partial.size), out(partial.size);
+  std::memset(partial, 0, partial.size * sizeof(int16_t));
+  std::memset(sums, 0, sums.size * sizeof(int32_t));
+  int largest = 0;
+  for (int block = 0; block < num_blocks; ++block) {
+    const int here = block + 1 < num_blocks ? block_steps : last_steps;
+    const int more = tables.build(x_tile + std::size_t(block) * block_steps * 4 * kTableTokens, here, table);
+    if (largest + more > INT16_MAX) {
+      tables.flush(partial, sums);
+      largest = 0;
+    }
+    tables.add(names + std::size_t(block) * 2 * kBlockNames, table, (here + 2) / 3 * 4, partial);
+    largest += more;
+    for (std::size_t i = 0; i < partial.size; ++i) {
+      checker.check(std::abs(int(partial[i])) <= largest, "size=%d pattern=%d: a partial sum above its bound", num_lines, pattern);
+    }
+  }
+  tables.flush(partial, sums);
+  tables.transpose(sums, out);
+  std::vector<int32_t> expected(out.size);
+  for (int step = 0; step < steps; ++step) {
+    for (int i = 0; i < 4 * kPanelRows * kTableTokens; ++i) {
+      const int token = i / (4 * kPanelRows), row = i / 4 % kPanelRows, j = i % 4;
+      expected[token * kPanelRows + row] +=
+          (codes[(step * kPanelRows + row) * 4 + j] - 1) * x_tile[(step * kTableTokens + token) * 4 + j];
+    }
+  }
+  checker.same(out.data, expected.data(), expected.size(), "sums", num_lines, pattern);
+}
+
 void check_base3(Checker& checker, int num_groups, int pattern) {
   const bool is_scalar = &checker.kernels == scalar_kernels();  // does not stream base 3, but specifies it
   const auto gemv = is_scalar ? scalar_gemv_base3 : checker.kernels.gemv_base3;
@@ -162,11 +211,13 @@ void check_integers(Checker& checker) {
   for (int pattern = 0; pattern < kNumPatterns; ++pattern) {
     for (int size = 1; size <= 70; ++size) {
       check_ternary(checker, size, pattern);
+      check_tables(checker, size, pattern);
       if (size <= 20) check_base3(checker, size, pattern);
       check_scan(checker, size, pattern);
       check_rows(checker, size, pattern);
     }
     check_ternary(checker, 256, pattern);
+    check_tables(checker, 256, pattern);
     check_scan(checker, 256, pattern);
   }
   for (int pattern : {kLowest, kHighest}) {

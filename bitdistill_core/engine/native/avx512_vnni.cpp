@@ -145,7 +145,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 constexpr Kernels kKernels = {.name = "avx512-vnni", .needs = "AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C",
                               .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
                               .gemm_tile = gemm_tile,
-                              .gemm_pair = gemm_pair, .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
+                              .gemm_pair = gemm_pair, .tables = nullptr, .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
 // A constant: asking for it must not run an instruction of this file.
 constinit const Kernels kVbmiKernels = [] {

@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "measure.h"
 #include "model.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 using namespace bitdistill;
@@ -80,7 +81,7 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Codes& codes, const A
   const nb::gil_scoped_release released;
   Team team(num_threads);
   Int8Tokens tokens;
-  tokens.resize(T, K, 1);
+  tokens.resize(kernels, T, K, 1);
   std::vector<int8_t> row(K);
   std::vector<int32_t> sums(T, 0);
   for (int t = 0; t < T; ++t) {
@@ -89,6 +90,17 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Codes& codes, const A
     tokens.place(t, K, row.data());
   }
   std::vector<Scratch> scratch(num_threads);
+  if (tokens.for_tables()) {
+    const auto at = [&](int panel) { return PanelAt{&linear, panel}; };
+    for_table_sums(team, kernels, scratch.data(), tokens, num_panels, at,
+                   [&](int panel, int first, int count, const int32_t* table_sums) {
+                     for (int t = 0; t < count; ++t) {
+                       int32_t* const row = out_data + std::size_t(first + t) * N + panel * kPanelRows;
+                       std::memcpy(row, table_sums + t * kPanelRows, sizeof(int32_t) * kPanelRows);
+                     }
+                   });
+    return;
+  }
   const int at_once = tokens.tiled() && kernels.gemm_pair != nullptr ? 2 : 1;
   team.run((num_panels + at_once - 1) / at_once, [&](int item, int thread) {
     const int panel = item * at_once, count = std::min(at_once, num_panels - panel);

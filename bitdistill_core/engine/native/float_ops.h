@@ -340,7 +340,8 @@ constexpr void (*kAddValues[])(const AttentionTile&, int, int, bool, const float
     nullptr, add_values<1, T>, add_values<2, T>, add_values<3, T>, add_values<4, T>, add_values<5, T>, add_values<6, T>};
 
 // Asks for share i of `count` of the positions [begin, end), as far as there are any before `stop`.
-BITDISTILL_INLINE void prefetch_share(const void* data, std::size_t bytes, int begin, int end, int stop, int i, int count) {
+BITDISTILL_INLINE void prefetch_share(const void* data, std::size_t bytes, int begin, int end, int stop, int i,
+                                      int count) {
   end = end < stop ? end : stop;
   if (begin >= end) return;
   const std::size_t size = std::size_t(end - begin) * bytes;

@@ -50,6 +50,35 @@ struct AttentionTile {
   int scores_stride;  // >= the largest `last` rounded up to 16
 };
 
+// Sums of many tokens by tables in the place of multiplications, for processors that load more than they multiply.
+//
+// Three columns of a row have ternary weights of 27 kinds. For kTableTokens tokens their 27 sums of activations are 27
+// vectors, a lane a token, and a row adds the one that its weights name: 48 multiply-adds for a load and an addition.
+// A triple is column j of the steps 3 i, 3 i + 1 and 3 i + 2, in the order of (i, j); beyond the last step all is 0.
+constexpr int kTableTokens = 16;
+constexpr int kNumTriples = 27;
+// Triples whose tables lie in the nearest cache together, a block.
+constexpr int kTableTriples = 24, kBlockNames = kTableTriples * kPanelRows;
+
+struct TableKernels {
+  // Of a panel, which of the 27 each row has of each triple, 16 bytes a triple; `stride` from block to block.
+  void (*name_triples)(const uint8_t* lines, int num_lines, uint8_t* names, std::size_t stride);
+
+  // (triples, 27, 16) of steps of a tile of kTableTokens tokens, at most a block. Returns the largest that a partial sum
+  // of these triples can be, the sum of |x| of a token.
+  int (*build)(const int8_t* x_tile, int num_steps, int16_t* tables);
+
+  // Adds `count` triples of a panel, a multiple of 4, to its partial sums (16, 16). Tables and sums lie on 32-byte
+  // addresses.
+  void (*add)(const uint8_t* names, const int16_t* tables, int count, int16_t* partial);
+
+  // Adds partial sums to sums, and clears them.
+  void (*flush)(int16_t* partial, int32_t* sums);
+
+  // To out[token][row], sum over k of w_ternary[row][k] * x[token][k].
+  void (*transpose)(const int32_t* sums, int32_t* out);
+};
+
 struct Kernels {
   const char* name;
   const char* needs;  // what the processor must have
@@ -71,11 +100,14 @@ struct Kernels {
   // The same of two panels, sums[panel][t][r]. Null where one panel fills the registers.
   void (*gemm_pair)(const uint8_t* codes, const uint8_t* codes2, const int8_t* x_tile, int steps, int32_t* sums);
 
+  // Null where multiplications are as fast.
+  const TableKernels* tables;
+
   // sums[r] = sum over k of (u >> 3) * x[k] for one panel of `scan`.
   void (*scan_panel)(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums);
 
-  // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale[r]) + bias[r] for up to kTileTokens tokens x 16 rows,
-  // token t at y + t * stride; added to y instead where `add`. bias may be null.
+  // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale[r]) + bias[r] for some tokens x 16 rows, token t at
+  // y + t * stride; added to y instead where `add`. bias may be null.
   void (*finish)(const int32_t* sums, int tokens, const int32_t* sum_x, const float* scale_x, const float* weight_scale,
                  const float* bias, bool add, float* y, std::size_t stride);
 
@@ -113,6 +145,7 @@ struct Kernels {
 // Each in a file of its own, compiled for its instruction set; dispatch.cpp asks the processor before it uses one.
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
+extern const TableKernels kAvx2Tables;
 const Kernels* avx_vnni_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_vbmi_kernels();

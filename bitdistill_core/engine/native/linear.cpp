@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "tables.h"
+
 namespace bitdistill {
 namespace {
 
@@ -95,6 +97,52 @@ void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& produc
   }
 }
 
+// Sums of a panel by tables, which need no correction for the codes' 1, to `out` (tokens, stride).
+void finish_tables(const Kernels& kernels, const Linear& linear, const Int8Tokens& x, int panel, int first, int tokens,
+                   const int32_t* sums, bool add, float* out, std::size_t stride) {
+  constexpr int32_t kZeros[kTableTokens] = {};
+  const float* bias = linear.bias == nullptr ? nullptr : linear.bias + panel * kPanelRows;
+  kernels.finish(sums, tokens, kZeros, x.scale.data() + first, linear.scales(panel, 0), bias, add, out, stride);
+}
+
+// Products of the same x.
+void multiply_by_tables(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products,
+                        int num_products) {
+  int num_panels = 0;
+  for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
+  const auto product_of = [&](int& panel) {  // and which of its panels
+    const Product* product = products;
+    for (; panel >= product->linear->num_panels(); ++product) panel -= product->linear->num_panels();
+    return product;
+  };
+  const auto at = [&](int panel) {
+    const Linear* const linear = product_of(panel)->linear;
+    return PanelAt{linear, panel};
+  };
+  for_table_sums(team, kernels, scratch, *products[0].x, num_panels, at,
+                 [&](int panel, int first, int tokens, const int32_t* sums) {
+                   const Product& product = *product_of(panel);
+                   float* const out = product.out + first * product.stride + panel * kPanelRows;
+                   finish_tables(kernels, *product.linear, *product.x, panel, first, tokens, sums, product.add, out,
+                                 product.stride);
+                 });
+}
+
+void multiply_gated_by_tables(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate,
+                              const Product& up, Activation activation) {
+  multiply_by_tables(team, kernels, scratch, &gate, 1);
+  const auto at = [&](int panel) { return PanelAt{up.linear, panel}; };
+  for_table_sums(team, kernels, scratch, *up.x, up.linear->num_panels(), at,
+                 [&](int panel, int first, int tokens, const int32_t* sums) {
+                   alignas(64) float other[kTableTokens * kPanelRows];
+                   finish_tables(kernels, *up.linear, *up.x, panel, first, tokens, sums, false, other, kPanelRows);
+                   float* const out = gate.out + first * gate.stride + panel * kPanelRows;
+                   for (int t = 0; t < tokens; ++t) {
+                     kernels.gate_multiply(out + t * gate.stride, other + t * kPanelRows, kPanelRows, activation);
+                   }
+                 });
+}
+
 // How many of the panels [panel, end) the kernel takes at once.
 int panels_at_once(const Kernels& kernels, int panel, int end) {
   return kernels.gemm_pair == nullptr ? 1 : std::min(kPairPanels, end - panel);
@@ -141,16 +189,17 @@ void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8
   }
 }
 
-void Int8Tokens::resize(int tokens, int k, int blocks) {
+void Int8Tokens::resize(const Kernels& kernels, int tokens, int k, int blocks) {
   num_tokens = tokens;
   padded_k = round_up(k, kLineK);
   num_blocks = blocks;
-  const int rows = tiled() ? num_tiles() * kTileTokens : tokens;
+  tile_tokens = kernels.tables != nullptr && blocks == 1 && tokens > kTileTokens ? kTableTokens : kTileTokens;
+  const int rows = tiled() ? num_tiles() * tile_tokens : tokens;
   x_int8.get(std::size_t(rows) * padded_k);
   scale.get(tokens);
   sum.get(std::size_t(blocks) * tokens);
-  if (tiled() && tokens % kTileTokens != 0) {  // the last tile's missing tokens
-    const std::size_t tile = std::size_t(kTileTokens) * padded_k;
+  if (tiled() && tokens % tile_tokens != 0) {  // the last tile's missing tokens
+    const std::size_t tile = std::size_t(tile_tokens) * padded_k;
     std::memset(x_int8.data() + (num_tiles() - 1) * tile, 0, tile);
   }
 }
@@ -161,8 +210,8 @@ void Int8Tokens::place(int token, int k, int8_t* row) {
     std::memcpy(x_int8.data() + std::size_t(token) * padded_k, row, padded_k);
     return;
   }
-  int8_t* out = x_int8.data() + std::size_t(token / kTileTokens) * kTileTokens * padded_k + token % kTileTokens * 4;
-  for (int step = 0; step < padded_k / 4; ++step) std::memcpy(out + step * kTileTokens * 4, row + step * 4, 4);
+  int8_t* out = x_int8.data() + std::size_t(token / tile_tokens) * tile_tokens * padded_k + token % tile_tokens * 4;
+  for (int step = 0; step < padded_k / 4; ++step) std::memcpy(out + step * tile_tokens * 4, row + step * 4, 4);
 }
 
 void Int8Tokens::sum_blocks(int token, const int8_t* row) {
@@ -176,7 +225,7 @@ void Int8Tokens::sum_blocks(int token, const int8_t* row) {
 
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
                      int num_blocks, int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out) {
-  out.resize(num_tokens, k, num_blocks);
+  out.resize(kernels, num_tokens, k, num_blocks);
   const auto quantize = [&](int token, int thread) {
     const float* row = x + token * stride;
     float* normed = scratch[thread].row.get(k);
@@ -204,6 +253,13 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
 }
 
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products) {
+  if (products[0].x->for_tables()) {
+    for (int begin = 0, end; begin < num_products; begin = end) {
+      for (end = begin + 1; end < num_products && products[end].x == products[begin].x;) ++end;
+      multiply_by_tables(team, kernels, scratch, products + begin, end - begin);
+    }
+    return;
+  }
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
   const Shares shares{num_panels, team.num_threads(), products[0].x->tiled()};
@@ -220,6 +276,7 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
 
 void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
                     Activation activation) {
+  if (gate.x->for_tables()) return multiply_gated_by_tables(team, kernels, scratch, gate, up, activation);
   const Shares shares{gate.linear->num_panels(), team.num_threads(), gate.x->tiled()};
   const int num_tokens = gate.x->num_tokens;
   team.run(shares.count(), [&](int share, int thread) {

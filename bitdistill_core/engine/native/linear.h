@@ -65,7 +65,7 @@ struct Linear {
   const float* scales(int panel, int block) const { return weight_scale + panel * scale_stride + block * kPanelRows; }
 };
 
-// x_int8 of a chunk: row after row for up to kStreamTokens tokens, in tiles of kTileTokens otherwise.
+// x_int8 of a chunk: row after row for up to kStreamTokens tokens, otherwise in tiles, [K / 4][tile_tokens][4].
 struct Int8Tokens {
   Buffer<int8_t> x_int8;
   Buffer<float> scale;   // activation_scale
@@ -73,10 +73,13 @@ struct Int8Tokens {
   int num_tokens = 0;
   int padded_k = 0;
   int num_blocks = 1;
+  int tile_tokens = kTileTokens;  // or kTableTokens, to be multiplied by tables
 
   bool tiled() const { return num_tokens > kStreamTokens; }
-  int num_tiles() const { return (num_tokens + kTileTokens - 1) / kTileTokens; }
-  void resize(int tokens, int k, int num_blocks);
+  bool for_tables() const { return tiled() && tile_tokens == kTableTokens; }
+  int num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
+  // For kernels.tables where it is there and faster, which one tile of kTileTokens is not.
+  void resize(const Kernels& kernels, int tokens, int k, int num_blocks);
   // Places one token's row; its padding is cleared. `row` has round_up(k, 16) elements, which this may overwrite.
   void place(int token, int k, int8_t* row);
   // Sums up each block of a row that was placed.
@@ -95,6 +98,9 @@ struct Scratch {
   Buffer<float> row;        // a normed token
   Buffer<int8_t> row_int8;
   Buffer<float> up;
+  Buffer<uint8_t> triples;  // of the first thread: named triples of all panels at once
+  Buffer<int16_t> tables, partial;
+  Buffer<int32_t> sums;
   Buffer<float> attention;  // rows of queries and their scores
 };
 

@@ -27,8 +27,9 @@ void for_tokens(Team& team, int count, Work&& work) {
            [&](int item, int) { work(item * kTokens, std::min(count, (item + 1) * kTokens)); });
 }
 
-// Tokens that go through a layer together: enough to share unpacked weights, few enough that the buffers stay small.
-constexpr int kChunkTokens = 16 * kTileTokens;
+// Tokens that go through a layer together: enough to share unpacked weights or named triples, few enough that the buffers
+// stay small.
+constexpr int kChunkTokens = 16 * kTileTokens, kTableChunkTokens = 12 * kTableTokens;
 
 // Rows of attention that a thread takes at once, and how many scores of them it keeps, unless one tile has more.
 constexpr int kShareRows = 2 * kMostTiles * kTileTokens, kMostScores = 32768;
@@ -168,8 +169,10 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
   // Of the last layer's tokens, all give keys and values, but only those whose output is wanted go on.
   const int last_layer = num_layers - 1;
   const bool all_wanted = int(outputs.size()) == batch.num_tokens;
-  const int num_chunks = (batch.num_tokens + kChunkTokens - 1) / kChunkTokens;  // of nearly the same size
-  const int chunk = round_up((batch.num_tokens + num_chunks - 1) / num_chunks, kTileTokens);
+  const bool has_tables = kernels.tables != nullptr;
+  const int most = has_tables ? kTableChunkTokens : kChunkTokens, tile_tokens = has_tables ? kTableTokens : kTileTokens;
+  const int num_chunks = (batch.num_tokens + most - 1) / most;  // of nearly the same size
+  const int chunk = round_up((batch.num_tokens + num_chunks - 1) / num_chunks, tile_tokens);
   for (int layer = 0; layer < num_layers; ++layer) {
     for (int first = 0; first < batch.num_tokens; first += chunk) {
       const Tokens tokens{x + std::size_t(first) * hidden_stride, batch.segment_of.data() + first,
