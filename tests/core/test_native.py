@@ -42,11 +42,14 @@ def test_every_kernel_equals_an_integer_matmul(kernel: str, n: int, k: int) -> N
 @pytest.mark.parametrize("k", [255, 256, 257, 272, 4096, 8192])
 @pytest.mark.parametrize("activation", [-128, 127])
 @pytest.mark.parametrize("weight", [-1, 0, 1])
-def test_extreme_activations_and_weights_do_not_overflow(kernel: str, k: int, activation: int, weight: int) -> None:
-    x = np.full((5, k), activation, np.int8)
+@pytest.mark.parametrize("tokens", [5, 17])
+def test_extreme_activations_and_weights_do_not_overflow(
+    kernel: str, k: int, activation: int, weight: int, tokens: int
+) -> None:
+    x = np.full((tokens, k), activation, np.int8)
     w_ternary = np.full((17, k), weight, np.int8)
     sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 17, kernel=kernel)
-    np.testing.assert_array_equal(sums, np.full((5, 17), activation * weight * k))
+    np.testing.assert_array_equal(sums, np.full((tokens, 17), activation * weight * k))
 
 
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
@@ -62,6 +65,14 @@ def test_the_number_of_threads_does_not_change_the_sums(kernel: str, num_threads
 def test_more_tokens_than_one_block(kernel: str) -> None:
     x, w_ternary = random_case(33, 48, 131)
     sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 33, kernel=kernel, num_threads=2)
+    np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
+
+
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_more_rows_than_are_named_at_once(kernel: str, num_threads: int) -> None:
+    x, w_ternary = random_case(1100, 3072, 20)
+    sums = kernels.ternary_matmul(x, pack_ternary(w_ternary), 1100, kernel=kernel, num_threads=num_threads)
     np.testing.assert_array_equal(sums, exact_sums(x, w_ternary))
 
 

@@ -183,7 +183,7 @@ typedef float Register __attribute__((vector_size(16)));
 typedef float RegisterUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
 constexpr int kGroups = 1;
 #endif
-constexpr int kValueBlock = 16;  // positions
+constexpr int kValueBlock = 32;  // positions
 constexpr int kLanes = sizeof(Register) / sizeof(float), kRegisters16 = 16 / kLanes;
 
 BITDISTILL_INLINE Register load_register(const float* x) { return *reinterpret_cast<const RegisterUnaligned*>(x); }

@@ -10,7 +10,7 @@
 namespace bitdistill {
 
 // Bytes of triples that are named at once.
-constexpr int kNamedBytes = 1 << 20;
+constexpr int kNamedBytes = 640 << 10;
 
 struct PanelAt {
   const Linear* linear;
