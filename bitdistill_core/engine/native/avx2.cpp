@@ -1,5 +1,6 @@
 // AVX2 kernels. Compiled with -mavx2 -mfma -mf16c and called only where the processor has them.
 #include "avx2_bytes.h"
+#include "float_ops.h"
 
 namespace bitdistill {
 namespace {
@@ -135,8 +136,8 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 
 constexpr Kernels kKernels = {.name = "avx2", .needs = "AVX2, FMA and F16C", .gemv_panel = gemv_panel,
                               .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
-                              .gemm_tile = gemm_tile, .gemm_pair = nullptr, .tables = &kAvx2Tables, .scan_panel = scan_panel,
-                              BITDISTILL_FLOAT_OPS};
+                              .gemm_tile = gemm_tile, .gemm_pair = nullptr, .tables = &kAvx2Tables,
+                              .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
 }  // namespace
 

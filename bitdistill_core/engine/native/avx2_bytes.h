@@ -1,9 +1,9 @@
-// What the AVX2 and the AVX-VNNI kernels do alike with bytes. Static, like float_ops.h: each file compiles its own.
+// What the files for AVX2 and AVX-VNNI do alike with bytes. Static, like float_ops.h: each file compiles its own.
 #pragma once
 
 #include <immintrin.h>
 
-#include "float_ops.h"
+#include "vector.h"
 
 namespace bitdistill {
 namespace {
@@ -16,7 +16,7 @@ BITDISTILL_INLINE __m256i broadcast_four(const int8_t* x) {
   return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
 }
 
-void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
+[[maybe_unused]] void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
   const __m256i mask = _mm256_set1_epi8(3);
   for (int line = 0; line < num_lines; ++line, lines += kLineBytes) {
     __m256i a = load_bytes(lines), b = load_bytes(lines + 32);

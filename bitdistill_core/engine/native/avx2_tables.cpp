@@ -2,18 +2,10 @@
 //
 // Inside, an int16 lane is a token in the order 0-3, 8-11, 4-7, 12-15, as vpackssdw leaves them, and a row has a slot
 // in that same order, as name_triples leaves them.
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "avx2_bytes.h"
 
 namespace bitdistill {
 namespace {
-
-#define BITDISTILL_INLINE static inline __attribute__((always_inline))
-
-BITDISTILL_INLINE __m256i load_bytes(const void* bytes) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
-}
 
 // Codes of a triple's three steps, 8 rows x 4 columns, to 4 (c0 + 3 c1 + 9 c2): an eighth of what a row adds to `tables`.
 BITDISTILL_INLINE __m256i name_of(__m256i c0, __m256i c1, __m256i c2) {

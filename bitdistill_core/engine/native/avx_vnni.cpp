@@ -1,6 +1,7 @@
 // AVX-VNNI kernels: 256-bit vpdpbusd. Compiled with -mavx2 -mfma -mf16c -mavxvnni and called only where the processor
 // has them.
 #include "avx2_bytes.h"
+#include "float_ops.h"
 
 namespace bitdistill {
 namespace {
