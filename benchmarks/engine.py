@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import shapes
-from benchmarks.worker import CEILING_KERNEL, GEMM_SHAPES, Worker, gemm_metric
+from benchmarks.worker import CEILING_KERNEL, GEMM_SHAPES, GENERATOR, Worker, gemm_metric
 from bitdistill_core.engine.kernels import available_kernels, resolve_kernel
 from bitdistill_core.packing import FORMAT_VERSION
 
@@ -142,7 +142,8 @@ def _round(configuration: Configuration, worker: Worker, *, is_first: bool) -> d
 def _fresh(configuration: Configuration, test: Test, num_threads: int) -> dict[str, float]:
     """A new process that does one task: memory that the model and the task add, and time to a first token."""
     values: dict[str, float] = {}
-    with Worker(configuration.kind, configuration.source, num_threads) as worker:
+    kind = GENERATOR if configuration.kind == "engine" and test is DECODE else configuration.kind
+    with Worker(kind, configuration.source, num_threads) as worker:
         if test is DECODE:
             first = worker.ask(test.task, 1, 1, warm_up=False)
             values["load_to_first_token_seconds"] = first["since_load_seconds"]

@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 
 LABEL_IDS = [0, 1, 2]
+GENERATOR = "generator"  # the engine, told when it is loaded that it will generate
 LIBRARIES = {
     "engine": ["bitdistill_core.engine.model"],
+    GENERATOR: ["bitdistill_core.engine.model"],
     "kernels": ["bitdistill_core.engine.kernels"],
     "llamacpp": ["llama_cpp"],
     "torch": ["torch", "transformers"],
@@ -57,10 +59,10 @@ class Runner(Protocol):
 class PackedEngine:
     """The engine of this project."""
 
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int, *, generates: bool) -> None:
         from bitdistill_core.engine.model import Engine
 
-        self.engine = Engine.load(path, num_threads=num_threads)
+        self.engine = Engine.load(path, num_threads=num_threads, read_head=generates)
         self.vocab_size = self.engine.config.vocab_size
 
     def prefill(self, ids: list[int]) -> Any:
@@ -162,8 +164,8 @@ class Worker:
 
 
 def _load(kind: str, source: str, num_threads: int) -> Runner | None:
-    if kind == "engine":
-        return PackedEngine(source, num_threads)
+    if kind in ("engine", GENERATOR):
+        return PackedEngine(source, num_threads, generates=kind == GENERATOR)
     if kind == "llamacpp":
         from benchmarks.peers import LlamaCpp
 

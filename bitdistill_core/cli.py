@@ -174,7 +174,7 @@ def generate(
     with one_line_errors(resumes=False):
         from bitdistill_core.engine.model import Engine
 
-        engine = Engine.load(packed_path(model), num_threads=num_threads, kv_dtype=kv_dtype)
+        engine = Engine.load(packed_path(model), num_threads=num_threads, kv_dtype=kv_dtype, read_head=True)
         if in_task_prompt:
             template = _task_template(engine, model, "generation", "leave --task out")
             prompt = _prompt(template, prompt)

@@ -45,10 +45,10 @@ from bitdistill_core.engine.tensors import (
     check_tensors,
     encoding_of,
 )
-from bitdistill_core.panels import LINE_BYTES, pack_base3, pack_int8_rows, pack_ternary
+from bitdistill_core.panels import LINE_BYTES, empty_lines, pack_base3, pack_int8_rows, pack_ternary
 
 FORMAT = "bitdistill"
-FORMAT_VERSION = "5"
+FORMAT_VERSION = "6"
 STREAMED = (".w_packed", ".w_base3", ".scan")  # names end so
 HASH_BLOCK_BYTES, HASH_THREADS = 1 << 16, 2
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
@@ -79,7 +79,7 @@ class Int8Rows:
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A packed file, memory-mapped: the tensors are read-only views of the map."""
+    """A packed file, memory-mapped: the tensors are read-only views of the map, but for those that were read."""
 
     path: Path
     config: EngineConfig
@@ -203,9 +203,12 @@ def write_packed(path: Path, *, config: dict[str, Any], tensors: Mapping[str, np
     _sync_directory(path.parent)
 
 
-def read_packed(path: Path) -> PackedModel:
+def read_packed(path: Path, *, read_codes: bool = False, read_head: bool = False) -> PackedModel:
     """The packed model at `path`, memory-mapped, after every check: version, size, config, shapes, checksums.
 
+    Args:
+        read_codes: ternary codes are read into memory of their own, in large pages, which are faster than a map's.
+        read_head: so is what an output head scans.
     Raises:
         ValueError: not a packed model, another format version, truncated, corrupted, or not what its config says.
     """
@@ -214,13 +217,13 @@ def read_packed(path: Path) -> PackedModel:
         raise ValueError(f"a packed model is a file written by the pack stage; none found at path={path}")
     file = open(path, "rb")  # noqa: SIM115  (the model keeps it)
     try:
-        return _read(path, file)
+        return _read(path, file, read_codes, read_head)
     except BaseException:
         file.close()
         raise
 
 
-def _read(path: Path, file: BinaryIO) -> PackedModel:
+def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> PackedModel:
     header, metadata, data_begin = _read_header(path, file)
     if metadata["format_version"] != FORMAT_VERSION:
         raise ValueError(
@@ -244,10 +247,18 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     tensors = _map_tensors(file, header, data_begin)
     check_tensors(f"path={path}", config, tensors)
     offsets = {name: data_begin + entry["data_offsets"][0] for name, entry in header.items()}
+    suffixes = tuple(CODES.values()) * read_codes + (f"{config.head}.scan",) * read_head
+    kept = [name for name in tensors if name.endswith(suffixes)]
+    tensors |= dict(zip(kept, empty_lines([tensors[name].shape for name in kept]), strict=True))
+
+    def digest(name: str) -> str:
+        into = tensors[name].data.cast("B") if name in kept else None
+        return _digest(file.fileno(), offsets[name], tensors[name].nbytes, into)
+
     # The bytes are read, not mapped, so that what is never used afterwards does not stay in memory.
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         largest_first = sorted(tensors, key=lambda name: -tensors[name].nbytes)
-        digests = pool.map(lambda name: _digest(file.fileno(), offsets[name], tensors[name].nbytes), largest_first)
+        digests = pool.map(digest, largest_first)
         for name, digest in zip(largest_first, digests, strict=True):
             if digest != checksums.get(name):
                 raise ValueError(
@@ -261,11 +272,12 @@ def _read(path: Path, file: BinaryIO) -> PackedModel:
     return model
 
 
-def _digest(descriptor: int, offset: int, size: int) -> str:
-    """SHA-256 of `size` bytes of a file."""
-    digest, end = hashlib.sha256(), offset + size
-    buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, size)))
+def _digest(descriptor: int, offset: int, size: int, into: memoryview | None) -> str:
+    """SHA-256 of `size` bytes of a file, which are read into `into`, or into memory that is given back."""
+    digest, begin, end = hashlib.sha256(), offset, offset + size
+    block = memoryview(bytearray(0 if into is not None else min(HASH_BLOCK_BYTES, size)))
     while offset < end:
+        buffer = block if into is None else into[offset - begin :][:HASH_BLOCK_BYTES]
         length = os.preadv(descriptor, [buffer[: end - offset]], offset)
         if not length:
             break  # truncated meanwhile: the checksum will differ

@@ -22,12 +22,12 @@ The same codes in base 3, three in five bits: `w_base3`, uint8 (ceil(N / 16), by
 
     A panel is its blocks of columns one after the other, as many as a row has scales. A block is a group of 320 bytes
     for every six lines, and then the lines that are left, as above. With 24 steps of 4 columns, step s = k // 4 in its
-    group, element e = 4 r + j of step s is the code of row r, column k = 4 s + j, and of 8 x 64 values
+    group, element e = 16 j + r of step s is the weight of row r, column k = 4 s + j, and of 8 x 64 values
 
-        value(i, e) = code(step 3 i, e) + 3 code(step 3 i + 1, e) + 9 code(step 3 i + 2, e),   at most 26
+        value(i, e) = w(step 3 i, e) + 3 w(step 3 i + 1, e) + 9 w(step 3 i + 2, e),   from -13 to 13
 
-    line 0..3, byte e:   lower four bits of value(2 line, e) in bits 0 to 3, of value(2 line + 1, e) in bits 4 to 7
-    line 4, byte e:      bit i is the fifth bit of value(i, e)
+    line 0..3, byte e:   |value(2 line, e)| in bits 0 to 3, |value(2 line + 1, e)| in bits 4 to 7
+    line 4, byte e:      bit i is 1 where value(i, e) is negative
 
 INT8 rows, u = w_int8 + 128, split so that the output head can scan five bits of every row, look at the sixth of those
 that matter, and read the last two of the few that still do. V rows of D columns, both padded with u = 128, in groups of
@@ -39,6 +39,9 @@ that matter, and read the last two of the few that still do. V rows of D columns
     next, uint8 (V, ceil(D / 32), 4): bit 2 of u, laid out as row r of the bit line
     rest, uint8 (V, ceil(D / 32), 8): bits 0 and 1 of u, four bytes each, likewise
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +64,17 @@ def base3_shape(n: int, k: int, num_blocks: int = 1) -> tuple[int, int]:
     panels, lines, _ = packed_shape(n, k)
     groups, rest = divmod(lines // num_blocks, BASE3_LINES)
     return panels, num_blocks * (groups * BASE3_BYTES + rest * LINE_BYTES)
+
+
+def empty_lines(shapes: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8]]:
+    """Uninitialised uint8 arrays of whole lines, on 64-byte addresses, side by side in one block of memory.
+
+    NumPy asks for a block of megabytes in large pages, which are read faster than many small ones.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    block = np.empty(sum(sizes) + LINE_BYTES, np.uint8)
+    ends = (-block.ctypes.data % LINE_BYTES) + np.cumsum(sizes)
+    return [block[end - size : end].reshape(shape) for shape, size, end in zip(shapes, sizes, ends, strict=True)]
 
 
 def scan_shape(vocab_size: int, size: int) -> tuple[int, int, int]:
@@ -122,9 +136,11 @@ def pack_base3(w_packed: NDArray[np.uint8], num_blocks: int = 1) -> NDArray[np.u
     grouped = blocks[:, :, : groups * BASE3_LINES].reshape(panels, num_blocks, groups, BASE3_LINES, LINE_BYTES)
     steps = np.stack([grouped >> 2 * plane & 3 for plane in range(4)], axis=4)  # panel, block, group, line, plane, e
     codes = steps.reshape(panels, num_blocks, groups, 8, 3, LINE_BYTES)
-    values = codes[..., 0, :] + 3 * codes[..., 1, :] + 9 * codes[..., 2, :]
-    nibbles = values[..., 0::2, :] & 15 | (values[..., 1::2, :] & 15) << 4
-    bits = np.packbits(values >> 4, axis=-2, bitorder="little")
+    values = (codes[..., 0, :] + 3 * codes[..., 1, :] + 9 * codes[..., 2, :]).view(np.int8) - 13
+    by_column = values.reshape(*values.shape[:-1], PANEL_ROWS, 4).swapaxes(-1, -2).reshape(values.shape)
+    magnitudes = np.abs(by_column).view(np.uint8)
+    nibbles = magnitudes[..., 0::2, :] | magnitudes[..., 1::2, :] << 4
+    bits = np.packbits(by_column < 0, axis=-2, bitorder="little")
     coded = np.concatenate((nibbles, bits), axis=-2).reshape(panels, num_blocks, groups * BASE3_BYTES)
     left = blocks[:, :, groups * BASE3_LINES :].reshape(panels, num_blocks, rest * LINE_BYTES)
     return np.concatenate((coded, left), axis=-1).reshape(panels, -1)

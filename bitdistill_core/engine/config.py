@@ -88,6 +88,11 @@ class EngineConfig:
             )
         return cls(**config)
 
+    @property
+    def head(self) -> str:
+        """Name of the output head's rows: the embedding's where the two are tied."""
+        return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return dataclasses.asdict(self)

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
-from bitdistill_core.engine.kernels import _native, empty_lines, expand_base3, is_sound, streams_base3
+from bitdistill_core.engine.kernels import _native, expand_base3, is_sound, streams_base3
 from bitdistill_core.engine.memory import part_of
 from bitdistill_core.engine.tensors import CODES
 from bitdistill_core.packing import HASH_THREADS, PackedModel
-from bitdistill_core.panels import packed_shape, panel_scales
+from bitdistill_core.panels import empty_lines, packed_shape, panel_scales
 
 Floats = NDArray[np.float32]
 
@@ -37,6 +37,10 @@ class Decoder:
             for name in model.tensors
             if part_of(name) == "norms_biases_scales" and not name.endswith(".weight_scale")
         }
+        head_scan = model.tensors[f"{config.head}.scan"]
+        if not head_scan.flags.writeable:  # the map; filled with the first token that is generated
+            (head_scan,) = empty_lines([head_scan.shape])
+            self.arrays[f"{config.head}.scan"] = head_scan
         tensors = model.tensors | self.arrays
         embedding = _rows(model, "model.embed_tokens")
         self._native = _native.Model(
@@ -44,7 +48,8 @@ class Decoder:
             layers=_native_layers(config, tensors),
             final_norm=tensors["model.norm.weight"],
             embedding=embedding,
-            head=embedding if config.tie_word_embeddings else _rows(model, "lm_head"),
+            head=embedding if config.tie_word_embeddings else _rows(model, config.head),
+            head_scan=head_scan,
             kernel=kernel,
             num_threads=num_threads,
         )
@@ -132,7 +137,7 @@ def _llama3_frequencies(frequencies: Floats, rope: dict[str, Any]) -> Floats:
 def _linear_arrays(model: PackedModel, kernel: str, num_threads: int) -> dict[str, np.ndarray]:
     """By tensor name, codes and `weight_scale` of every linear layer as the kernels read them.
 
-    Codes are views of the map, or expanded from base 3 for a kernel that does not stream it; scales are copies.
+    Codes are the model's, or expanded from base 3 for a kernel that does not stream it; scales are copies.
     """
     linears = linear_layers(model.config)
     must_expand = model.encoding == "base3" and not streams_base3(kernel)

@@ -1,13 +1,11 @@
 """The native ternary kernels, validated: Python checks types, shapes and memory order, C++ trusts its caller."""
 
-import math
 import os
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitdistill_core.panels import LINE_BYTES, LINE_K, PANEL_ROWS, base3_shape, packed_shape, panel_scales
+from bitdistill_core.panels import LINE_K, PANEL_ROWS, base3_shape, empty_lines, packed_shape, panel_scales
 
 try:
     from bitdistill_core.engine import _native
@@ -57,7 +55,7 @@ def resolve_num_threads(num_threads: int) -> int:
 
 
 def streams_base3(kernel: str) -> bool:
-    """Whether `kernel` multiplies `w_base3` as it lies in the file; the others need `expand_base3`."""
+    """Whether `kernel` multiplies `w_base3` as it lies in the file; others need `expand_base3`."""
     return _native.streams_base3(kernel)
 
 
@@ -65,17 +63,6 @@ def is_sound(codes: NDArray[np.uint8], n: int, k: int, num_blocks: int = 1) -> b
     """Whether `w_packed` or `w_base3` of N = n by K = k holds nothing but ternary codes."""
     _check_codes(codes, n, k, num_blocks)
     return _native.is_sound(codes, n, k, num_blocks)
-
-
-def empty_lines(shapes: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8]]:
-    """Uninitialised uint8 arrays of whole lines, on 64-byte addresses, side by side in one block of memory.
-
-    NumPy asks for a block of megabytes in large pages, which are read faster than many small ones.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    block = np.empty(sum(sizes) + LINE_BYTES, np.uint8)
-    ends = (-block.ctypes.data % LINE_BYTES) + np.cumsum(sizes)
-    return [block[end - size : end].reshape(shape) for shape, size, end in zip(shapes, sizes, ends, strict=True)]
 
 
 def expand_base3(

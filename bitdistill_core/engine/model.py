@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitdistill_core.engine.batching import batches
 from bitdistill_core.engine.config import linear_layers
 from bitdistill_core.engine.decoder import Decoder, Floats, require_finite
-from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads
+from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads, streams_base3
 from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
 from bitdistill_core.engine.tensors import TOKENIZER
@@ -44,7 +44,13 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, num_threads: int = 0, kernel: str | None = None, kv_dtype: str = "float32"
+        cls,
+        path: str | Path,
+        *,
+        num_threads: int = 0,
+        kernel: str | None = None,
+        kv_dtype: str = "float32",
+        read_head: bool = False,
     ) -> "Engine":
         """The model at `path`, verified and memory-mapped.
 
@@ -53,9 +59,12 @@ class Engine:
             kernel: one of `available_kernels()`; None takes the fastest this processor has.
             kv_dtype: float32 or float16, of the keys and values kept while generating. float32 repeats the student's
                 tokens; float16 halves the memory and reads a long context faster.
+            read_head: the output head comes to memory now, in less time than with the first token that is generated.
+                A classifier needs none of it.
         """
         threads, chosen = resolve_num_threads(num_threads), resolve_kernel(kernel)
-        return cls(read_packed(Path(path)), kernel=chosen, num_threads=threads, kv_dtype=kv_dtype)
+        model = read_packed(Path(path), read_codes=streams_base3(chosen), read_head=read_head)
+        return cls(model, kernel=chosen, num_threads=threads, kv_dtype=kv_dtype)
 
     def prompt_ids(self, prompt: str, *, room: int | None = None) -> list[int]:
         """Token ids of a prompt: the tokenizer's leading marks, no end of text; with `room` at most that many.

@@ -10,7 +10,7 @@ import pytest
 from bitdistill_core.engine.kernels import available_kernels, streams_base3
 from bitdistill_core.engine.memory import PAGEMAP
 from bitdistill_core.engine.model import Engine
-from bitdistill_core.packing import write_student
+from bitdistill_core.packing import read_packed, write_student
 from tests.core.test_packing import BASE3_BLOCK, BASE3_GROUPS, join_file, split_file, student_arguments
 from tests.fuzz.packed_files import TOKENIZER
 
@@ -37,19 +37,30 @@ def test_a_base_three_file_runs_to_the_logits_of_its_twin(twins: tuple[Path, Pat
 
 
 @pytest.mark.parametrize("kernel", available_kernels())
-def test_codes_are_views_of_the_map_or_the_panels_of_the_twin(twins: tuple[Path, Path], kernel: str) -> None:
+def test_codes_are_those_of_the_file_or_the_panels_of_the_twin(twins: tuple[Path, Path], kernel: str) -> None:
     two_bit, base3 = (Engine.load(path, num_threads=1, kernel=kernel) for path in twins)
+    mapped = read_packed(twins[1])
     names = [name for name in two_bit.model.tensors if name.endswith(".w_packed")]
     assert names
     for name in names:
-        if streams_base3(kernel):
-            codes = name.replace("w_packed", "w_base3")
-            assert np.shares_memory(base3._decoder.arrays[codes], base3.model.tensors[codes])
-            assert name not in base3._decoder.arrays
-        else:
-            expanded = base3._decoder.arrays[name]
-            np.testing.assert_array_equal(expanded, two_bit.model.tensors[name])
-            assert expanded.ctypes.data % 64 == 0
+        codes = name if not streams_base3(kernel) else name.replace("w_packed", "w_base3")
+        array = base3._decoder.arrays[codes]
+        expected = mapped if streams_base3(kernel) else two_bit.model
+        np.testing.assert_array_equal(array, expected.tensors[codes])
+        assert array.ctypes.data % 64 == 0
+        assert array.flags.writeable  # in memory of its own, not in the map
+        assert not mapped.tensors[name.replace("w_packed", "w_base3")].flags.writeable
+
+
+def test_a_head_that_is_read_at_once_generates_the_same(twins: tuple[Path, Path]) -> None:
+    later, at_once = (Engine.load(twins[1], num_threads=1, read_head=read_head) for read_head in (False, True))
+    head = f"{later.config.head}.scan"
+    assert at_once.model.tensors[head].flags.writeable
+    assert not later.model.tensors[head].flags.writeable
+    generated = [list(engine.generate_ids(PROMPT, 8, ignore_eos=True)) for engine in (later, at_once)]
+    assert generated[0] == generated[1]
+    copies = [later._decoder.arrays[head], at_once.model.tensors[head]]
+    np.testing.assert_array_equal(copies[0], copies[1])
 
 
 def test_info_shows_the_encoding_and_the_bytes_of_the_file(twins: tuple[Path, Path]) -> None:
@@ -73,7 +84,7 @@ def test_what_is_no_code_behind_right_checksums_is_refused(
     begin, end = header[name]["data_offsets"]
     damaged = bytearray(data)
     if place == 0:
-        damaged[begin], damaged[begin + 256] = 0x0F, 1  # value 31
+        damaged[begin] = 0x0F  # a magnitude of 15
     else:
         damaged[end - 1] = 0xFF
     checksums = json.loads(header["__metadata__"]["checksums"])

@@ -209,7 +209,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "5"
+        assert file.metadata()["format_version"] == "6"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -292,7 +292,7 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
     with_metadata(packed_file, format_version="1")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=5; got format_version=1"):
+    with pytest.raises(ValueError, match=r"this engine reads format_version=6; got format_version=1"):
         read_packed(packed_file)
 
 

@@ -89,16 +89,17 @@ def test_scales_lie_panel_by_panel_then_block_by_block() -> None:
 
 
 def test_a_group_of_base_three_bit_by_bit() -> None:
-    w_ternary = np.full((16, 100), -1, np.int8)  # code 0
-    w_ternary[2, 4 * 7 + 1] = 1  # step 7 = 3 * 2 + 1, element 9: value 2 is 3 * 2 = 6, line 1, low nibble
-    w_ternary[2, 4 * 17 + 1] = 1  # step 17 = 3 * 5 + 2, element 9: value 5 is 9 * 2 = 18, line 2, high nibble, bit 5
-    w_ternary[15, 4 * 23 + 3] = 0  # step 23 = 3 * 7 + 2, element 63: value 7 is 9, line 3, high nibble
+    w_ternary = np.zeros((16, 100), np.int8)
+    w_ternary[2, 4 * 7 + 1] = 1  # step 7 = 3 * 2 + 1, element 16 * 1 + 2: value 2 is 3, line 1, low nibble
+    w_ternary[2, 4 * 15 + 1] = 1  # step 15 = 3 * 5, the same element: 1 of value 5, line 2, high nibble
+    w_ternary[2, 4 * 17 + 1] = -1  # step 17 = 3 * 5 + 2: -9 of value 5, so that it is -8, and bit 5
+    w_ternary[15, 4 * 23 + 3] = -1  # step 23 = 3 * 7 + 2, element 63: value 7 is -9, line 3, high nibble, and bit 7
     w_ternary[0, 96] = 1  # in the line that is left, byte 0, plane 0
     w_base3 = pack_base3(pack_ternary(w_ternary))
     assert w_base3.shape == base3_shape(16, 100) == (1, 320 + 64)
     expected = np.zeros(384, np.uint8)
-    expected[[64 + 9, 128 + 9, 256 + 9, 192 + 63]] = [6, (18 & 15) << 4, 1 << 5, 9 << 4]
-    expected[320:] = 0b01_01_01_00  # columns 100 to 111 are padding, code 1
+    expected[[64 + 18, 128 + 18, 256 + 18, 192 + 63, 256 + 63]] = [3, 8 << 4, 1 << 5, 9 << 4, 1 << 7]
+    expected[320:] = 0b01_01_01_01  # code 1; columns 100 to 111 are padding
     expected[320] = 0b01_01_01_10
     np.testing.assert_array_equal(w_base3[0], expected)
 
@@ -128,7 +129,7 @@ def test_what_is_no_ternary_code_is_found_wherever_it_is() -> None:
             shift = i % 2 * 4
             lines[i // 2] = lines[i // 2] & (240 >> shift) | (value & 15) << shift
             lines[4] = lines[4] & (255 - (1 << i)) | value >> 4 << i
-            assert is_sound(changed, 16, 208) == (value < 27)
+            assert is_sound(changed, 16, 208) == (value % 16 < 14)  # a magnitude, and a sign
     for codes in (w_base3, w_packed):
         changed = codes.copy()
         changed.reshape(-1)[-1] |= 0b11 << 4

@@ -71,24 +71,45 @@ void check_ternary(Checker& checker, int num_lines, int pattern) {
   checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines, pattern);
 }
 
+// Groups of base 3, of random values or of one; all values, [group][8][64].
+std::vector<int> fill_groups(uint8_t* groups, int num_groups, bool is_random, int one) {
+  std::vector<int> values;
+  std::memset(groups, 0, std::size_t(num_groups) * kBase3Bytes);
+  for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes) {
+    for (int i = 0; i < 8; ++i) {
+      for (int element = 0; element < kLineBytes; ++element) {
+        const int value = is_random ? random_int(-13, 13) : one;
+        values.push_back(value);
+        groups[i / 2 * kLineBytes + element] |= uint8_t(std::abs(value) << i % 2 * 4);
+        groups[4 * kLineBytes + element] |= uint8_t(int(value < 0) << i);
+      }
+    }
+  }
+  return values;
+}
+
 // A panel by tables, block after block, against sums of products; a partial sum is flushed when the next might not fit.
-void check_tables(Checker& checker, int num_lines, int pattern) {
+// The first of its lines are groups of base 3, if there are.
+void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
   if (checker.kernels.tables == nullptr) return;
   const TableKernels& tables = *checker.kernels.tables;
   checker.function = "tables";
-  const int k = num_lines * kLineK, steps = k / 4, block_steps = kTableTriples / 4 * 3;
+  const int num_lines = num_groups * kBase3Lines + num_rest, k = num_lines * kLineK, steps = k / 4, block_steps = kTableTriples / 4 * 3;
   const int num_blocks = (steps + block_steps - 1) / block_steps, last_steps = steps - (num_blocks - 1) * block_steps;
-  Guarded<uint8_t> lines(std::size_t(num_lines) * kLineBytes, num_lines % 2), codes(std::size_t(k) * kPanelRows);
-  for (std::size_t i = 0; i < lines.size; ++i) {
-    lines[i] = pattern == kAlternating ? 0 : 0xaa;  // four weights -1, or four weights 1
-    for (int p = 0; pattern == kRandom && p < 4; ++p) lines[i] = uint8_t(lines[i] << 2 | random_int(0, 2));
+  const std::size_t group_bytes = std::size_t(num_groups) * kBase3Bytes;
+  Guarded<uint8_t> panel(group_bytes + std::size_t(num_rest) * kLineBytes, num_rest % 2), codes(std::size_t(k) * kPanelRows);
+  fill_groups(panel.data, num_groups, pattern == kRandom, pattern == kAlternating ? -13 : 13);
+  for (std::size_t i = group_bytes; i < panel.size; ++i) {
+    panel[i] = pattern == kAlternating ? 0 : 0xaa;  // four weights -1, or four weights 1
+    for (int p = 0; pattern == kRandom && p < 4; ++p) panel[i] = uint8_t(panel[i] << 2 | random_int(0, 2));
   }
-  scalar_kernels()->unpack_panel(lines, num_lines, codes);
+  scalar_unpack_base3(panel, num_groups, codes);
+  scalar_kernels()->unpack_panel(panel.data + group_bytes, num_rest, codes.data + std::size_t(num_groups) * kBase3K * kPanelRows);
   Guarded<int8_t> x_tile(std::size_t(k) * kTableTokens, num_lines % 2);
   fill_activations(x_tile, k * kTableTokens, pattern);
   const std::size_t last_names = std::size_t(last_steps + 2) / 3 * 4 * kPanelRows;
   Guarded<uint8_t> names(std::size_t(num_blocks - 1) * 2 * kBlockNames + last_names);  // as if there were two panels
-  tables.name_triples(lines, num_lines, names, 2 * kBlockNames);
+  tables.name_triples(panel, num_groups, num_rest, names, 2 * kBlockNames);
   Guarded<int16_t> table(std::size_t(kTableTriples) * kNumTriples * kTableTokens), partial(kPanelRows * kTableTokens);
   Guarded<int32_t> sums(partial.size), out(partial.size);
   std::memset(partial, 0, partial.size * sizeof(int16_t));
@@ -128,19 +149,12 @@ void check_base3(Checker& checker, int num_groups, int pattern) {
   const int slack = num_groups % 2, k = num_groups * kBase3K;
   Guarded<uint8_t> groups(std::size_t(num_groups) * kBase3Bytes, slack), codes(std::size_t(k) * kPanelRows);
   std::vector<uint8_t> expected_codes(codes.size);
-  for (int group = 0; group < num_groups; ++group) {
-    for (int j = 0; j < kLineBytes; ++j) {
-      uint8_t* const byte = groups.data + std::size_t(group) * kBase3Bytes + j;
-      for (int line = 0; line < 5; ++line) byte[line * kLineBytes] = 0;
-      for (int i = 0; i < 8; ++i) {
-        const int value = pattern == kRandom ? random_int(0, kBase3Values - 1) : kBase3Values - 1;
-        byte[i / 2 * kLineBytes] |= uint8_t((value & 15) << i % 2 * 4);
-        byte[4 * kLineBytes] |= uint8_t(value >> 4 << i);
-        int rest = value;
-        for (int step = 3 * i; step < 3 * i + 3; ++step, rest /= 3) {
-          expected_codes[(std::size_t(group) * kBase3K / 4 + step) * kLineBytes + j] = uint8_t(rest % 3);
-        }
-      }
+  const std::vector<int> values = fill_groups(groups.data, num_groups, pattern == kRandom, pattern == kAlternating ? -13 : 13);
+  for (std::size_t i = 0; i < values.size(); ++i) {  // element 16 j + r of value v of a group
+    const std::size_t value = i / kLineBytes, row = i % kPanelRows, j = i % kLineBytes / kPanelRows;
+    int rest = values[i] + 13;
+    for (std::size_t step = 3 * value; step < 3 * value + 3; ++step, rest /= 3) {
+      expected_codes[(step * kPanelRows + row) * 4 + j] = uint8_t(rest % 3);
     }
   }
   checker.function = "unpack_base3";
@@ -151,7 +165,13 @@ void check_base3(Checker& checker, int num_groups, int pattern) {
   int32_t expected_sums[kPanelRows];
   fill_activations(x, k, pattern);
   checker.function = "gemv_base3";
-  gemv(groups, num_groups, x, sums);
+  const int8_t* prepared = x;
+  Guarded<int8_t> lookups(lookup_bytes(num_groups));
+  if (!is_scalar && checker.kernels.prepare_base3 != nullptr) {
+    checker.kernels.prepare_base3(x, num_groups, lookups);
+    prepared = lookups;
+  }
+  gemv(groups, num_groups, prepared, sums);
   for (int row = 0; row < kPanelRows; ++row) {
     expected_sums[row] = 0;
     for (int i = 0; i < k; ++i) expected_sums[row] += x[i] * expected_codes[(i / 4 * kPanelRows + row) * 4 + i % 4];
@@ -211,13 +231,15 @@ void check_integers(Checker& checker) {
   for (int pattern = 0; pattern < kNumPatterns; ++pattern) {
     for (int size = 1; size <= 70; ++size) {
       check_ternary(checker, size, pattern);
-      check_tables(checker, size, pattern);
+      check_tables(checker, 0, size, pattern);
+      if (size <= 20) check_tables(checker, size, size % 6, pattern);
       if (size <= 20) check_base3(checker, size, pattern);
       check_scan(checker, size, pattern);
       check_rows(checker, size, pattern);
     }
     check_ternary(checker, 256, pattern);
-    check_tables(checker, 256, pattern);
+    check_tables(checker, 0, 256, pattern);
+    check_tables(checker, 42, 4, pattern);
     check_scan(checker, 256, pattern);
   }
   for (int pattern : {kLowest, kHighest}) {

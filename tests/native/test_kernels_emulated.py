@@ -54,6 +54,7 @@ def test_x86_64_tables_equal_the_scalar_table(tmp_path: Path) -> None:
     parts = [
         *CHECK,
         (NATIVE / "avx2.cpp", AVX2),
+        (NATIVE / "avx2_base3.cpp", AVX2),
         (NATIVE / "avx2_tables.cpp", AVX2),
         (NATIVE / "avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
         (NATIVE / "avx512_vnni.cpp", [*AVX2, *AVX512]),

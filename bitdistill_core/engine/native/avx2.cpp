@@ -135,7 +135,8 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 }
 
 constexpr Kernels kKernels = {.name = "avx2", .needs = "AVX2, FMA and F16C", .gemv_panel = gemv_panel,
-                              .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
+                              .unpack_panel = unpack_panel, .gemv_base3 = avx2_gemv_base3,
+                              .unpack_base3 = avx2_unpack_base3, .prepare_base3 = avx2_prepare_base3,
                               .gemm_tile = gemm_tile, .gemm_pair = nullptr, .tables = &kAvx2Tables,
                               .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 

@@ -16,6 +16,23 @@ BITDISTILL_INLINE __m256i broadcast_four(const int8_t* x) {
   return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
 }
 
+// The values of two columns in half a group of base 3, [column][16 rows]: calls take(i, magnitudes, signs) for i from 7
+// to 0. A byte of `signs` is below 0 for a negative value, above 0 for another.
+template <class Take>
+BITDISTILL_INLINE void for_values(const uint8_t* group, int half, Take&& take) {
+  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
+  const __m256i bits = load_bytes(group + 4 * kLineBytes + 32 * half);
+  __m256i signs = _mm256_or_si256(bits, one);
+#pragma GCC unroll 4
+  for (int line = 3; line >= 0; --line) {
+    const __m256i nibbles = load_bytes(group + line * kLineBytes + 32 * half);
+    take(2 * line + 1, _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), nibble), signs);
+    signs = line > 0 ? _mm256_add_epi8(signs, signs) : _mm256_or_si256(_mm256_slli_epi16(bits, 7), one);
+    take(2 * line, _mm256_and_si256(nibbles, nibble), signs);
+    signs = _mm256_add_epi8(signs, signs);
+  }
+}
+
 [[maybe_unused]] void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
   const __m256i mask = _mm256_set1_epi8(3);
   for (int line = 0; line < num_lines; ++line, lines += kLineBytes) {

@@ -41,16 +41,34 @@ BITDISTILL_INLINE void name_steps(const uint8_t* lines, int first, int num_steps
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(triples + 32), high);
 }
 
+// The eight triples of steps of a group of base 3 to to_of(0) ... to_of(7).
+template <class ToOf>
+BITDISTILL_INLINE void name_group(const uint8_t* group, ToOf&& to_of) {
+  const __m256i slots = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15));
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    for_values(group, half, [&](int i, __m256i magnitudes, __m256i signs) __attribute__((always_inline)) {
+      const __m256i value = _mm256_add_epi8(_mm256_sign_epi8(magnitudes, signs), _mm256_set1_epi8(13));
+      const __m256i names = _mm256_shuffle_epi8(_mm256_slli_epi16(value, 2), slots);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_of(i) + 32 * half), names);
+    });
+  }
+}
+
 // Three lines are four triples of steps.
-void name_triples(const uint8_t* lines, int num_lines, uint8_t* names, std::size_t stride) {
+void name_triples(const uint8_t* panel, int num_groups, int num_lines, uint8_t* names, std::size_t stride) {
   constexpr int kBytes = 4 * kPanelRows, kAtOnce = kBlockNames / kBytes;  // a triple of steps, how many in a block
   int number = 0;
-  const auto next = [&] { return names + number / kAtOnce * stride + number % kAtOnce * kBytes; };
+  const auto at = [&](int triple) { return names + triple / kAtOnce * stride + triple % kAtOnce * kBytes; };
+  const uint8_t* lines = panel;
+  for (; num_groups > 0; --num_groups, lines += kBase3Bytes, number += 8) {
+    name_group(lines, [&](int i) { return at(number + i); });
+  }
   for (; num_lines >= 3; num_lines -= 3, lines += 3 * kLineBytes) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, ++number) name_steps(lines, 3 * i, 12, next());
+    for (int i = 0; i < 4; ++i, ++number) name_steps(lines, 3 * i, 12, at(number));
   }
-  for (int step = 0; step < 4 * num_lines; step += 3, ++number) name_steps(lines, step, 4 * num_lines, next());
+  for (int step = 0; step < 4 * num_lines; step += 3, ++number) name_steps(lines, step, 4 * num_lines, at(number));
 }
 
 // Column j of a step of 16 tokens.

@@ -11,8 +11,8 @@ typedef int32_t Int16x32 __attribute__((vector_size(64)));
 
 __attribute__((always_inline)) inline __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
-// The three codes of a five-bit value, for vpermb, which looks at six bits of a byte: the lower four and, as the fifth,
-// bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
+// The three codes of a value, for vpermb, which looks at six bits of a byte: the magnitude in the lower four and, as the
+// sign, bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
 struct CodeTables {
   uint8_t codes[2][3][64];
 };
@@ -21,19 +21,34 @@ alignas(64) constexpr CodeTables kCodes = [] {
   CodeTables tables{};
   for (int odd = 0; odd < 2; ++odd) {
     for (int place = 0, power = 1; place < 3; ++place, power *= 3) {
-      for (int i = 0; i < 64; ++i) tables.codes[odd][place][i] = uint8_t((i % 16 + (i >> (4 + odd) & 1) * 16) / power % 3);
+      for (int i = 0; i < 64; ++i) {
+        const int magnitude = i % 16 < kBase3Magnitudes ? i % 16 : 0;
+        tables.codes[odd][place][i] = uint8_t((13 + (i >> (4 + odd) & 1 ? -magnitude : magnitude)) / power % 3);
+      }
     }
   }
   return tables;
 }();
 
-// Calls take(step, codes) for the 24 steps of a group. Values 28 to 31 give codes too, whatever they are.
+// [4 columns][16 rows] to [16 rows][4 columns], as vpdpbusd adds four neighbours up.
+struct Transposed {
+  uint8_t from[64];
+};
+
+alignas(64) constexpr Transposed kTransposed = [] {
+  Transposed transposed{};
+  for (int i = 0; i < 64; ++i) transposed.from[i] = uint8_t(i % 4 * kPanelRows + i / 4);
+  return transposed;
+}();
+
+// Calls take(step, codes) for the 24 steps of a group. Magnitudes 14 and 15 give codes too, whatever they are.
 template <class Take>
 __attribute__((always_inline)) inline void for_steps(const uint8_t* group, Take&& take) {
   const __m512i bits = load_bytes(group + 4 * kLineBytes);
   const auto value = [&](int i, __m512i nibbles, __m512i fifths) {
     // the lower four bits of one, the others of the other
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, fifths, 0xca);
+    const __m512i value = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, fifths, 0xca);
+    const __m512i index = _mm512_permutexvar_epi8(load_bytes(kTransposed.from), value);
     const auto& tables = kCodes.codes[i % 2];
     for (int place = 0; place < 3; ++place) take(3 * i + place, _mm512_permutexvar_epi8(index, load_bytes(tables[place])));
   };

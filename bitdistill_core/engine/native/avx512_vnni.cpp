@@ -143,9 +143,10 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 }
 
 constexpr Kernels kKernels = {.name = "avx512-vnni", .needs = "AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C",
-                              .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
-                              .gemm_tile = gemm_tile,
-                              .gemm_pair = gemm_pair, .tables = nullptr, .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
+                              .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemv_base3 = avx2_gemv_base3,
+                              .unpack_base3 = avx2_unpack_base3, .prepare_base3 = avx2_prepare_base3,
+                              .gemm_tile = gemm_tile, .gemm_pair = gemm_pair, .tables = nullptr,
+                              .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
 // A constant: asking for it must not run an instruction of this file.
 constinit const Kernels kVbmiKernels = [] {
@@ -154,6 +155,7 @@ constinit const Kernels kVbmiKernels = [] {
   table.needs = "AVX-512 F, BW, DQ, VL, VNNI and VBMI, FMA and F16C";
   table.gemv_base3 = avx512_vbmi_gemv_base3;
   table.unpack_base3 = avx512_vbmi_unpack_base3;
+  table.prepare_base3 = nullptr;
   return table;
 }();
 

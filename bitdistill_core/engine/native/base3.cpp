@@ -5,18 +5,11 @@
 namespace bitdistill {
 namespace {
 
-// A value of 27 or more has bits 3 and 4, and bit 2 or both of the lowest two.
+// A magnitude of 14 or 15 has its upper three bits.
 bool is_sound_group(const uint8_t* group) {
   uint8_t found = 0;
-  for (int line = 0; line < 4; ++line) {
-    for (int j = 0; j < kLineBytes; ++j) {
-      const uint8_t nibbles = group[line * kLineBytes + j];
-      const uint8_t too_large = nibbles >> 3 & (nibbles >> 2 | (nibbles >> 1 & nibbles)) & 0x11;  // but for bit 4
-      const uint8_t bits = group[4 * kLineBytes + j] >> 2 * line;
-      found |= too_large & ((bits & 1) | (bits & 2) << 3);
-    }
-  }
-  return found == 0;
+  for (int i = 0; i < 4 * kLineBytes; ++i) found |= group[i] >> 3 & group[i] >> 2 & group[i] >> 1;
+  return (found & 0x11) == 0;
 }
 
 // Code 3 is no ternary weight.
@@ -27,7 +20,8 @@ bool has_code_3(const uint8_t* bytes, std::size_t count) {
 }
 
 // The three codes of a value, two bits each, the first lowest. Comparisons, as vectors of bytes have no division.
-inline uint8_t three_codes(uint8_t value) {
+inline uint8_t three_codes(uint8_t magnitude, uint8_t is_negative) {
+  uint8_t value = uint8_t(13 + (is_negative ? -magnitude : magnitude));
   const uint8_t third = uint8_t((value >= 9) + (value >= 18));
   value = uint8_t(value - 9 * third);
   const uint8_t second = uint8_t((value >= 3) + (value >= 6));
@@ -36,17 +30,19 @@ inline uint8_t three_codes(uint8_t value) {
 
 // A byte of each of the six lines is four of the 24 steps of its row and column; four values, 24 bits, are three lines.
 void expand_group(const uint8_t* __restrict group, uint8_t* __restrict lines) {
-  const uint8_t* const fifth_bits = group + 4 * kLineBytes;
+  const uint8_t* const signs = group + 4 * kLineBytes;
   for (int half = 0; half < 2; ++half, group += 2 * kLineBytes, lines += 3 * kLineBytes) {
-    for (int j = 0; j < kLineBytes; ++j) {
-      const uint8_t low = group[j], high = group[kLineBytes + j], bits = uint8_t(fifth_bits[j] >> 4 * half);
-      const uint8_t a = three_codes(uint8_t((low & 15) | (bits & 1) << 4));
-      const uint8_t b = three_codes(uint8_t(low >> 4 | (bits & 2) << 3));
-      const uint8_t c = three_codes(uint8_t((high & 15) | (bits & 4) << 2));
-      const uint8_t d = three_codes(uint8_t(high >> 4 | (bits & 8) << 1));
-      lines[j] = uint8_t(a | b << 6);
-      lines[kLineBytes + j] = uint8_t(b >> 2 | c << 4);
-      lines[2 * kLineBytes + j] = uint8_t(c >> 4 | d << 2);
+    uint8_t by_column[3][kLineBytes];
+    for (int i = 0; i < kLineBytes; ++i) {
+      const uint8_t low = group[i], high = group[kLineBytes + i], bits = uint8_t(signs[i] >> 4 * half);
+      const uint8_t a = three_codes(low & 15, bits & 1), b = three_codes(low >> 4, bits & 2);
+      const uint8_t c = three_codes(high & 15, bits & 4), d = three_codes(high >> 4, bits & 8);
+      by_column[0][i] = uint8_t(a | b << 6);
+      by_column[1][i] = uint8_t(b >> 2 | c << 4);
+      by_column[2][i] = uint8_t(c >> 4 | d << 2);
+    }
+    for (int line = 0; line < 3; ++line) {
+      for (int i = 0; i < kLineBytes; ++i) lines[line * kLineBytes + i] = by_column[line][i % 4 * kPanelRows + i / 4];
     }
   }
 }

@@ -111,7 +111,7 @@ void ternary_matmul(const Array<const int8_t, 2>& x, const Codes& codes, const A
     for (int first = 0; first < T; first += tokens.tiled() ? kTileTokens : 1) {
       const int8_t* from = tokens.x_int8.data() + std::size_t(first) * K;
       if (!tokens.tiled()) {
-        block_sums(kernels, linear, panel, 0, from, result);
+        block_sums(kernels, linear, panel, 0, tokens, scratch[thread].lookups_of(kernels, linear, tokens), first, result);
       } else if (count == 1) {
         kernels.gemm_tile(unpacked, from, K / 4, result);
       } else {
@@ -170,11 +170,12 @@ auto by_name(double (*measure)(const Kernels&, Sizes...)) {
 class PackedModel {
  public:
   PackedModel(const nb::dict& config, const nb::list& layers, const nb::object& final_norm, const nb::dict& embedding,
-              const nb::dict& head, const std::string& kernel, int num_threads) {
+              const nb::dict& head, const Array<uint8_t, 3>& head_scan, const std::string& kernel, int num_threads) {
     std::vector<Layer> list;
+    arrays_.push_back(nb::cast(head_scan));
     for (const nb::handle item : layers) list.push_back(read_layer(nb::cast<nb::dict>(item)));
     model_ = std::make_unique<Model>(read_config(config), std::move(list), floats(final_norm), read_rows_of(embedding),
-                                     read_rows_of(head), kernels_named(kernel), num_threads);
+                                     read_rows_of(head), head_scan.data(), kernels_named(kernel), num_threads);
   }
 
   std::unique_ptr<KeyValueCache> new_cache(int capacity, bool half) const {
@@ -338,8 +339,9 @@ NB_MODULE(_native, module) {
       .def_prop_ro("num_bytes", &KeyValueCache::bytes);
   nb::class_<PackedModel>(module, "Model")
       .def(nb::init<const nb::dict&, const nb::list&, const nb::object&, const nb::dict&, const nb::dict&,
-                    const std::string&, int>(),
+                    const Array<uint8_t, 3>&, const std::string&, int>(),
            nb::arg("config"), nb::arg("layers"), nb::arg("final_norm"), nb::arg("embedding"), nb::arg("head"),
+           nb::arg("head_scan").noconvert(),
            nb::arg("kernel"), nb::arg("num_threads"))
       .def("new_cache", &PackedModel::new_cache, nb::arg("capacity"), nb::arg("half"))
       .def("forward", &PackedModel::forward, nb::arg("ids"), nb::arg("parents"), nb::arg("outputs"),

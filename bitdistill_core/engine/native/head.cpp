@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <memory>
 #include <cstring>
 #include <stdexcept>
 
@@ -103,6 +104,16 @@ void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<i
   }
 }
 
+void copy_scan(Team& team, const Int8Rows& rows, uint8_t* copy) {
+  std::atomic<bool> is_read{true};
+  const std::size_t share_bytes = kSharePanels * rows.panel_bytes(), bytes = rows.num_panels() * rows.panel_bytes();
+  team.run(int((bytes + share_bytes - 1) / share_bytes), [&](int share, int) {
+    const std::size_t first = share * share_bytes, size = std::min(share_bytes, bytes - first);
+    if (!read_file(rows.file, rows.scan_offset + first, size, copy + first)) is_read = false;
+  });
+  require(is_read);
+}
+
 void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,
                 const std::vector<int>& ids, float* logits) {
   std::vector<int8_t> w_int8(ids.size() * rows.padded_size());
@@ -169,8 +180,8 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   const uint32_t middle = uint32_t((7 - 256) * query.sum);  // the sum of the two fits int32, each alone may not
   const float half_scale = 0.5f * query.scale;
   const float per_error = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
-  std::vector<int32_t> sums(std::size_t(num_panels) * kPanelRows);
-  std::vector<float> panel_bound(num_panels);
+  const auto sums = std::make_unique_for_overwrite<int32_t[]>(std::size_t(num_panels) * kPanelRows);
+  const auto panel_bound = std::make_unique_for_overwrite<float[]>(num_panels);
   // Of a panel's rows; those beyond the vocabulary are -infinity. Plain loops of 16, for the compiler to vectorise.
   const auto coarse = [&](int panel, float* values, float* bounds) {
     const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
@@ -186,6 +197,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     fill(count);
     for (int r = count; r < kPanelRows; ++r) values[r] = bounds[r] = -INFINITY;
   };
+  const auto prefetch_bounds = [&](int panel) {
+    for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) __builtin_prefetch(row + panel * kPanelRows);
+  };
   const auto largest_of = [](const float* values) {
     float largest[4] = {values[0], values[1], values[2], values[3]};
     for (int r = 4; r < kPanelRows; ++r) largest[r % 4] = std::max(largest[r % 4], values[r]);
@@ -196,10 +210,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     std::vector<Candidate>& best = found[share];  // a heap, smallest first
     float values[kPanelRows], bounds[kPanelRows];
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
-      // what the bounds need comes from memory while the panel is multiplied
-      for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) __builtin_prefetch(row + panel * kPanelRows);
+      prefetch_bounds(panel);  // which come from memory while the panel is multiplied
       kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
-                         sums.data() + std::size_t(panel) * kPanelRows);
+                         sums.get() + std::size_t(panel) * kPanelRows);
       coarse(panel, values, bounds);
       panel_bound[panel] = largest_of(bounds);
       if (int(best.size()) == count && largest_of(values) <= best.front().logit) continue;
@@ -257,8 +270,14 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     std::vector<int8_t> w_int8(rows.padded_size());
     std::vector<int> candidates;  // found before the first is refined: their bytes come from memory meanwhile
     float values[kPanelRows], bounds[kPanelRows];
+    std::vector<int> panels;
     for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
       if (panel_bound[panel] < least) continue;
+      panels.push_back(panel);
+      prefetch_bounds(panel);
+      __builtin_prefetch(sums.get() + std::size_t(panel) * kPanelRows);
+    }
+    for (const int panel : panels) {
       coarse(panel, values, bounds);
       for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
         const int v = panel * kPanelRows + r;

@@ -8,8 +8,8 @@
 namespace bitdistill {
 
 // Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layout of layout.h; u = w_int8 + 128. Arrays of rows are
-// mapped memory. `rest`, and single rows with their scale, are read from the file, so that they never count as memory of
-// the process.
+// mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale, are read
+// from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const uint8_t* next = nullptr;
@@ -44,6 +44,9 @@ struct HeadStatistics {
 
 // w_int8 (num_ids, padded_size) and row_scale (num_ids) of some rows, from the file.
 void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8, float* scale);
+
+// The whole of `scan`, read from the file.
+void copy_scan(Team& team, const Int8Rows& rows, uint8_t* copy);
 
 // logits[i] = x . row of the rows `ids`.
 void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,

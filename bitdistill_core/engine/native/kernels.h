@@ -62,7 +62,8 @@ constexpr int kTableTriples = 24, kBlockNames = kTableTriples * kPanelRows;
 
 struct TableKernels {
   // Of a panel, which of the 27 each row has of each triple, 16 bytes a triple; `stride` from block to block.
-  void (*name_triples)(const uint8_t* lines, int num_lines, uint8_t* names, std::size_t stride);
+  // A panel is groups of base 3, none in a file of two bits, and lines.
+  void (*name_triples)(const uint8_t* panel, int num_groups, int num_lines, uint8_t* names, std::size_t stride);
 
   // (triples, 27, 16) of steps of a tile of kTableTokens tokens, at most a block. Returns the largest that a partial sum
   // of these triples can be, the sum of |x| of a token.
@@ -79,6 +80,10 @@ struct TableKernels {
   void (*transpose)(const int32_t* sums, int32_t* out);
 };
 
+// Of what avx2_prepare_base3 writes: before the first group, and for each.
+constexpr int kLookupHead = 64, kLookupBytes = 1024;
+inline std::size_t lookup_bytes(int num_groups) { return kLookupHead + std::size_t(num_groups) * kLookupBytes; }
+
 struct Kernels {
   const char* name;
   const char* needs;  // what the processor must have
@@ -89,10 +94,13 @@ struct Kernels {
   // A panel's codes, one a byte, as [K / 4][16 rows][4]: 64 bytes a step of 4 k. `codes` lies on a 64-byte address.
   void (*unpack_panel)(const uint8_t* lines, int num_lines, uint8_t* codes);
 
-  // The same two of groups of base 3, 96 k each. Null where decoding them would cost more than the bytes it saves: such
-  // files are expanded when they are loaded.
+  // The same two of groups of base 3, 96 k each. Null where such files are expanded when they are loaded.
   void (*gemv_base3)(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
   void (*unpack_base3)(const uint8_t* groups, int num_groups, uint8_t* codes);
+
+  // What gemv_base3 reads in the place of x, once for all panels: lookup_bytes of it, on a 32-byte address. Null where it
+  // reads x itself.
+  void (*prepare_base3)(const int8_t* x, int num_groups, int8_t* lookups);
 
   // sums[t][r] = sum over k of code[r][k] * x[t][k] for an unpacked panel and a tile of tokens. steps = K / 4.
   void (*gemm_tile)(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums);
@@ -151,9 +159,12 @@ const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_vbmi_kernels();
 const Kernels* neon_kernels();
 
-// Base 3: the specification, and what the table avx512-vbmi has of avx512_vbmi.cpp.
+// Base 3: the specification; for any processor with AVX2; what the table avx512-vbmi has of avx512_vbmi.cpp.
 void scalar_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
 void scalar_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes);
+void avx2_prepare_base3(const int8_t* x, int num_groups, int8_t* lookups);
+void avx2_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* lookups, int32_t* sums);
+void avx2_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes);
 void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
 void avx512_vbmi_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes);
 

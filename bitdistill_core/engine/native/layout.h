@@ -21,13 +21,15 @@ constexpr int kLineBytes = 64;
 // The same codes in base 3, three in five bits. A block of a panel (all of it where a row has one scale) is groups of 6
 // lines, 320 bytes each, and up to 5 lines as above. A group holds 24 steps of 4 k as 8 vectors of 64 five-bit values
 //
-//   value i (i = 0..7), element 4 r + j = code(step 3 i) + 3 code(step 3 i + 1) + 9 code(step 3 i + 2) of row r, k = 4 step + j
+//   value i (i = 0..7), element 16 j + r = w(step 3 i) + 3 w(step 3 i + 1) + 9 w(step 3 i + 2) of row r, k = 4 step + j
 //
-//   nibble line l = 0..3: lower four bits of value 2 l in the low nibbles, of value 2 l + 1 in the high ones
-//   bit line:             the fifth bit of value i is bit i
+// from -13 to 13, as a magnitude and a sign:
+//
+//   nibble line l = 0..3: magnitude of value 2 l in the low nibbles, of value 2 l + 1 in the high ones
+//   bit line:             bit i is 1 where value i is negative
 constexpr int kBase3Lines = 6, kBase3K = kBase3Lines * kLineK;
 constexpr int kBase3Bytes = 320;
-constexpr int kBase3Values = 27;
+constexpr int kBase3Magnitudes = 14;
 
 // |sum of code * x| <= 128 * 2 * K must fit int32 with room for the sum of x.
 constexpr int kMaxK = 1 << 22;

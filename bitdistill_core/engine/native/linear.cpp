@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "tables.h"
@@ -10,16 +11,8 @@ namespace {
 
 // Panels that gemm_pair takes.
 constexpr int kPairPanels = 2, kPairRows = kPairPanels * kPanelRows;
-
-// The panels of a step in shares that threads take one by one: enough that a slow thread takes fewer, and long where
-// weights stream from memory.
-struct Shares {
-  int num_panels, num_threads;
-  bool tiled;
-
-  int count() const { return std::min((num_panels + 1) / 2, (tiled ? 6 : 2) * num_threads); }
-  int begin(int share) const { return std::min(num_panels, int(int64_t((num_panels + 1) / 2) * share / count()) * 2); }
-};
+// Panels that a thread takes at once.
+constexpr int kPiecePanels = 4, kGatedPiecePanels = 16;
 
 // Up to kTileTokens tokens of kPairPanels neighbouring panels at most, to `out` (tokens, stride): integer_sums(block,
 // sums) gives the integers of a block, which are scaled and added up in float32, block after block.
@@ -54,13 +47,12 @@ void add_blocks(const Kernels& kernels, const Product& product, int panel, int n
 }
 
 // One panel of a product for few tokens, to `out` (tokens, stride).
-void stream_panel(const Kernels& kernels, const Product& product, int panel, float* out, std::size_t stride) {
-  const Linear& linear = *product.linear;
-  const Int8Tokens& x = *product.x;
-  add_blocks(kernels, product, panel, 1, 0, x.num_tokens, out, stride, [&](int block, int32_t* sums) {
-    const int8_t* const block_x = x.x_int8.data() + std::size_t(block) * linear.block_lines() * kLineK;
-    for (int t = 0; t < x.num_tokens; ++t) {
-      block_sums(kernels, linear, panel, block, block_x + std::size_t(t) * x.padded_k, sums + t * kPanelRows);
+void stream_panel(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, float* out,
+                  std::size_t stride) {
+  const int8_t* const lookups = scratch.lookups_of(kernels, *product.linear, *product.x);
+  add_blocks(kernels, product, panel, 1, 0, product.x->num_tokens, out, stride, [&](int block, int32_t* sums) {
+    for (int t = 0; t < product.x->num_tokens; ++t) {
+      block_sums(kernels, *product.linear, panel, block, *product.x, lookups, t, sums + t * kPanelRows);
     }
   });
 }
@@ -152,7 +144,7 @@ int panels_at_once(const Kernels& kernels, int panel, int end) {
 void multiply_panels(const Kernels& kernels, Scratch& scratch, const Product& product, int begin, int end) {
   if (!product.x->tiled()) {
     for (int panel = begin; panel < end; ++panel) {
-      stream_panel(kernels, product, panel, product.out + panel * kPanelRows, product.stride);
+      stream_panel(kernels, scratch, product, panel, product.out + panel * kPanelRows, product.stride);
     }
     return;
   }
@@ -166,11 +158,15 @@ void multiply_panels(const Kernels& kernels, Scratch& scratch, const Product& pr
 
 }  // namespace
 
-void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const int8_t* x, int32_t* sums) {
-  const int groups = linear.block_groups(), lines = linear.block_lines() - groups * kBase3Lines;
+void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const Int8Tokens& tokens,
+                const int8_t* lookups, int token, int32_t* sums) {
+  const int groups = linear.block_groups(), lines = linear.rest_lines();
   const uint8_t* const codes = linear.panel(panel) + block * linear.block_bytes();
+  const std::size_t first_k = std::size_t(block) * linear.block_lines() * kLineK;
+  const int8_t* const x = tokens.x_int8.data() + std::size_t(token) * tokens.padded_k + first_k;
   if (groups == 0) return kernels.gemv_panel(codes, lines, x, sums);
-  kernels.gemv_base3(codes, groups, x, sums);
+  if (lookups != nullptr) lookups += (std::size_t(token) * linear.num_blocks + block) * lookup_bytes(groups);
+  kernels.gemv_base3(codes, groups, lookups == nullptr ? x : lookups, sums);
   if (lines == 0) return;
   int32_t rest[kPanelRows];
   kernels.gemv_panel(codes + std::size_t(groups) * kBase3Bytes, lines, x + std::size_t(groups) * kBase3K, rest);
@@ -180,7 +176,7 @@ void block_sums(const Kernels& kernels, const Linear& linear, int panel, int blo
 void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8_t* codes) {
   const uint8_t* from = linear.panel(panel);
   if (linear.block_groups() == 0) return kernels.unpack_panel(from, linear.num_lines(), codes);
-  const int groups = linear.block_groups(), lines = linear.block_lines() - groups * kBase3Lines;
+  const int groups = linear.block_groups(), lines = linear.rest_lines();
   for (int block = 0; block < linear.num_blocks; ++block, from += linear.block_bytes()) {
     kernels.unpack_base3(from, groups, codes);
     codes += std::size_t(groups) * kBase3K * kPanelRows;
@@ -190,6 +186,8 @@ void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8
 }
 
 void Int8Tokens::resize(const Kernels& kernels, int tokens, int k, int blocks) {
+  static std::atomic<uint64_t> last_number{0};
+  number = ++last_number;
   num_tokens = tokens;
   padded_k = round_up(k, kLineK);
   num_blocks = blocks;
@@ -221,6 +219,18 @@ void Int8Tokens::sum_blocks(int token, const int8_t* row) {
     for (int k = 0; k < block_k; ++k) total += row[k];
     sum.data()[std::size_t(block) * num_tokens + token] = total;
   }
+}
+
+const int8_t* Scratch::lookups_of(const Kernels& kernels, const Linear& linear, const Int8Tokens& x) {
+  const int groups = linear.block_groups();
+  if (groups == 0 || kernels.prepare_base3 == nullptr) return nullptr;
+  if (looked_up == x.number) return lookups.data();
+  int8_t* to = lookups.get(std::size_t(x.num_tokens) * x.num_blocks * lookup_bytes(groups));
+  for (int i = 0; i < x.num_tokens * x.num_blocks; ++i, to += lookup_bytes(groups)) {
+    kernels.prepare_base3(x.x_int8.data() + std::size_t(i) * (x.padded_k / x.num_blocks), groups, to);
+  }
+  looked_up = x.number;
+  return lookups.data();
 }
 
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
@@ -262,9 +272,7 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
   }
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  const Shares shares{num_panels, team.num_threads(), products[0].x->tiled()};
-  team.run(shares.count(), [&](int share, int thread) {
-    int first = shares.begin(share), last = shares.begin(share + 1);
+  team.run_through(num_panels, kPiecePanels, [&](int first, int last, int thread) {
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
       if (first < own) multiply_panels(kernels, scratch[thread], *product, first, std::min(own, last));
@@ -277,11 +285,9 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
 void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
                     Activation activation) {
   if (gate.x->for_tables()) return multiply_gated_by_tables(team, kernels, scratch, gate, up, activation);
-  const Shares shares{gate.linear->num_panels(), team.num_threads(), gate.x->tiled()};
   const int num_tokens = gate.x->num_tokens;
-  team.run(shares.count(), [&](int share, int thread) {
+  team.run_through(gate.linear->num_panels(), kGatedPiecePanels, [&](int begin, int end, int thread) {
     float* const up_tile = scratch[thread].up.get(kTileTokens * kPairRows);
-    const int begin = shares.begin(share), end = shares.begin(share + 1);
     const auto finish = [&](int panel, int num_panels, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {
         kernels.gate_multiply(gate.out + (first + t) * gate.stride + panel * kPanelRows, up_tile + t * kPairRows,
@@ -291,7 +297,7 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
     if (!gate.x->tiled()) {  // one stream after the other, not two at once
       multiply_panels(kernels, scratch[thread], gate, begin, end);
       for (int panel = begin; panel < end; ++panel) {
-        stream_panel(kernels, up, panel, up_tile, kPairRows);
+        stream_panel(kernels, scratch[thread], up, panel, up_tile, kPairRows);
         finish(panel, 1, 0, num_tokens);
       }
       return;

@@ -42,7 +42,8 @@ inline int round_up(int value, int multiple) { return (value + multiple - 1) / m
 // y = (weight_scale * w_ternary) @ x + bias, x normed first where `input_norm` is given (SubLN).
 //
 // Codes are 16-row panels of two bits a weight or of base 3 (layout.h). A row is num_blocks blocks of the same number of
-// weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks, 16); where scale_stride is 0, one panel's stand for all of them.
+// weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks, 16);
+// where scale_stride is 0, one panel's stand for all of them.
 struct Linear {
   const uint8_t* codes = nullptr;
   bool is_base3 = false;
@@ -57,8 +58,9 @@ struct Linear {
   int num_lines() const { return (k + kLineK - 1) / kLineK; }
   int block_lines() const { return num_lines() / num_blocks; }
   int block_groups() const { return is_base3 ? block_lines() / kBase3Lines : 0; }  // of base 3; the rest are lines
+  int rest_lines() const { return block_lines() - block_groups() * kBase3Lines; }  // of a block
   std::size_t block_bytes() const {
-    return std::size_t(block_groups()) * kBase3Bytes + std::size_t(block_lines() - block_groups() * kBase3Lines) * kLineBytes;
+    return std::size_t(block_groups()) * kBase3Bytes + std::size_t(rest_lines()) * kLineBytes;
   }
   std::size_t panel_bytes() const { return block_bytes() * num_blocks; }
   const uint8_t* panel(int index) const { return codes + index * panel_bytes(); }
@@ -70,6 +72,7 @@ struct Int8Tokens {
   Buffer<int8_t> x_int8;
   Buffer<float> scale;   // activation_scale
   Buffer<int32_t> sum;   // of x_int8, (num_blocks, num_tokens)
+  uint64_t number = 0;   // another one whenever the tokens are
   int num_tokens = 0;
   int padded_k = 0;
   int num_blocks = 1;
@@ -86,8 +89,9 @@ struct Int8Tokens {
   void sum_blocks(int token, const int8_t* row);
 };
 
-// sums[r] = sum over k of code[r][k] * x[k] of a block of a panel; x are its K / num_blocks activations.
-void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const int8_t* x, int32_t* sums);
+// sums[r] = sum over k of code[r][k] * x[k] of a block of a panel, for one of few tokens; `lookups` as Scratch has them.
+void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const Int8Tokens& x,
+                const int8_t* lookups, int token, int32_t* sums);
 
 // A panel's codes, one a byte, as [K / 4][16 rows][4].
 void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8_t* codes);
@@ -102,6 +106,11 @@ struct Scratch {
   Buffer<int16_t> tables, partial;
   Buffer<int32_t> sums;
   Buffer<float> attention;  // rows of queries and their scores
+  Buffer<int8_t> lookups;   // for gemv_base3, (num_tokens, num_blocks, lookup_bytes)
+  uint64_t looked_up = 0;   // number of the tokens they are of
+
+  // The lookups of few tokens, made by each thread for itself; null where gemv_base3 reads x_int8.
+  const int8_t* lookups_of(const Kernels& kernels, const Linear& linear, const Int8Tokens& x);
 };
 
 // out = x @ w^T, (tokens, stride) float; rows beyond n up to the next multiple of 16 are written too.

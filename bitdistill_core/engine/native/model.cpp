@@ -85,7 +85,7 @@ struct Model::Tokens {
 };
 
 Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_norm, Int8Rows embedding, Int8Rows head,
-             const Kernels& kernels, int num_threads)
+             uint8_t* head_scan, const Kernels& kernels, int num_threads)
     : config(std::move(config)),
       kernels(kernels),
       num_layers(int(layers.size())),
@@ -94,6 +94,8 @@ Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_n
       final_norm_(final_norm),
       embedding_(embedding),
       head_(head),
+      head_scan_(head_scan),
+      has_head_scan_(head_scan == head.scan),
       team_(num_threads) {}
 
 Model::~Model() = default;
@@ -389,18 +391,30 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
   });
 }
 
+Int8Rows Model::head() {
+  Int8Rows rows = head_;
+  if (!has_head_scan_.load(std::memory_order_acquire)) {
+    if (getpid() != owner_) return rows;
+    const std::lock_guard<std::mutex> lock(head_scan_mutex_);
+    if (!has_head_scan_.load(std::memory_order_relaxed)) copy_scan(team_, head_, head_scan_);
+    has_head_scan_.store(true, std::memory_order_release);
+  }
+  rows.scan = head_scan_;
+  return rows;
+}
+
 void Model::row_logits(const float* hidden, int num_hidden, const std::vector<int>& rows, float* logits) {
   bitdistill::row_logits(kernels, head_, hidden, num_hidden, hidden_stride, rows, logits);
   softcap(logits, num_hidden * rows.size());
 }
 
 void Model::logits(const float* hidden, int num_hidden, float* logits) {
-  all_logits(team_, kernels, head_, hidden, num_hidden, hidden_stride, logits);
+  all_logits(team_, kernels, head(), hidden, num_hidden, hidden_stride, logits);
   softcap(logits, std::size_t(num_hidden) * config.vocab_size);
 }
 
 std::vector<Candidate> Model::top(const float* hidden, int count, HeadStatistics* statistics) {
-  std::vector<Candidate> result = top_rows(team_, kernels, head_, hidden, count, statistics);
+  std::vector<Candidate> result = top_rows(team_, kernels, head(), hidden, count, statistics);
   for (Candidate& candidate : result) softcap(&candidate.logit, 1);
   return result;
 }

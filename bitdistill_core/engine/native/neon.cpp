@@ -132,8 +132,9 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 }
 
 constexpr Kernels kKernels = {.name = "neon", .needs = "Advanced SIMD with the dot product instructions (asimddp)",
-                              .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
-                              .gemm_tile = gemm_tile, .gemm_pair = nullptr, .tables = nullptr,
+                              .gemv_panel = gemv_panel, .unpack_panel = unpack_panel, .gemv_base3 = nullptr,
+                              .unpack_base3 = nullptr, .prepare_base3 = nullptr, .gemm_tile = gemm_tile,
+                              .gemm_pair = nullptr, .tables = nullptr,
                               .scan_panel = scan_panel, BITDISTILL_FLOAT_OPS};
 
 }  // namespace

@@ -54,6 +54,7 @@ void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* s
 
 constexpr Kernels kKernels = {.name = "scalar", .needs = "any processor", .gemv_panel = gemv_panel,
                               .unpack_panel = unpack_panel, .gemv_base3 = nullptr, .unpack_base3 = nullptr,
+                              .prepare_base3 = nullptr,
                               .gemm_tile = gemm_tile, .gemm_pair = nullptr, .tables = nullptr, .scan_panel = scan_panel,
                               BITDISTILL_FLOAT_OPS};
 
@@ -64,9 +65,13 @@ void scalar_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) 
   for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes) {
     for (int step = 0; step < kBase3K / 4; ++step) {
       const int i = step / 3;
-      for (int j = 0; j < kLineBytes; ++j) {
-        const int nibble = groups[i / 2 * kLineBytes + j] >> i % 2 * 4 & 15, bit = groups[4 * kLineBytes + j] >> i & 1;
-        *codes++ = (bit << 4 | nibble) / kPowers[step % 3] % 3;
+      for (int row = 0; row < kPanelRows; ++row) {
+        for (int j = 0; j < 4; ++j) {
+          const int element = kPanelRows * j + row;
+          const int magnitude = groups[i / 2 * kLineBytes + element] >> i % 2 * 4 & 15;
+          const bool is_negative = groups[4 * kLineBytes + element] >> i & 1;
+          *codes++ = uint8_t((13 + (is_negative ? -magnitude : magnitude)) / kPowers[step % 3] % 3);
+        }
       }
     }
   }

@@ -41,7 +41,8 @@ void for_table_sums(Team& team, const Kernels& kernels, Scratch* scratch, const 
     team.run((count + kShare - 1) / kShare, [&](int share, int) {
       for (int i = share * kShare; i < std::min(count, (share + 1) * kShare); ++i) {
         const auto [linear, panel] = at(begin + i);
-        tables.name_triples(linear->panel(panel), linear->num_lines(), names + i * kBlockNames, stride);
+        tables.name_triples(linear->panel(panel), linear->block_groups(), linear->rest_lines(), names + i * kBlockNames,
+                            stride);
       }
     });
     const int parts = parts_of_group(num_groups, team.num_threads());

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -36,6 +37,11 @@ class Team {
     run(num_items, [](void* context, int item, int thread) { (*static_cast<Work*>(context))(item, thread); }, &work);
   }
 
+  // Calls work(begin, end, thread) for pieces of [0, count), of `piece` or fewer. Every thread goes through a run of its
+  // own from the front, one stream of memory, and then takes from the ends of others: none waits long for another.
+  template <class Work>
+  void run_through(int count, int piece, Work&& work);
+
  private:
   using Function = void (*)(void* context, int item, int thread);
 
@@ -61,5 +67,34 @@ class Team {
   int spins_;
   pid_t owner_;
 };
+
+template <class Work>
+void Team::run_through(int count, int piece, Work&& work) {
+  struct alignas(64) Run {
+    std::atomic<uint64_t> left;  // begin in the upper half, end in the lower
+  };
+  const auto pack = [](uint64_t begin, uint64_t end) { return begin << 32 | end; };
+  const int num_runs = num_threads();
+  std::vector<Run> runs(num_runs);
+  for (int i = 0; i < num_runs; ++i) {
+    const auto bound = [&](int run) { return int64_t(count) * run / num_runs / piece * piece; };
+    runs[i].left.store(pack(bound(i), i + 1 < num_runs ? bound(i + 1) : count), std::memory_order_relaxed);
+  }
+  run(num_runs, [&](int own, int thread) {
+    for (int i = 0; i < num_runs; ++i) {
+      std::atomic<uint64_t>& left = runs[(own + i) % num_runs].left;
+      for (uint64_t now = left.load(std::memory_order_relaxed);;) {
+        const int begin = int(now >> 32), end = int(now & UINT32_MAX);
+        if (begin >= end) break;
+        const int first = i == 0 ? begin : std::max(begin, (end - 1) / piece * piece);
+        const int last = i == 0 ? std::min(end, begin + piece) : end;
+        const uint64_t then = i == 0 ? pack(last, end) : pack(begin, first);
+        if (!left.compare_exchange_weak(now, then, std::memory_order_relaxed)) continue;
+        work(first, last, thread);
+        now = then;
+      }
+    }
+  });
+}
 
 }  // namespace bitdistill
