@@ -53,13 +53,7 @@ NumPy<float> new_matrix(std::size_t rows, std::size_t columns) {
 
 // N and K are those of the matrix; `codes` are (num_panels, num_lines, 64) of two bits or (num_panels, bytes) of base 3.
 Linear codes_of(const Codes& codes, int n, int k, int num_blocks) {
-  Linear linear;
-  linear.codes = codes.data();
-  linear.is_base3 = codes.ndim() == 2;
-  linear.num_blocks = num_blocks;
-  linear.n = n;
-  linear.k = k;
-  return linear;
+  return Linear(codes.data(), n, k, num_blocks, codes.ndim() == 2);
 }
 
 // `weight_scale` is (num_panels, num_blocks, 16), or (1, 1, 16) for all panels.

@@ -1,5 +1,6 @@
 #include "cache.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -19,6 +20,18 @@ KeyValueCache::KeyValueCache(int num_layers, int num_heads, int head_dim, int ca
 KeyValueHead KeyValueCache::head(int layer, int index, int first_slot) const {
   uint8_t* begin = data_.get() + layer * layer_bytes_ + index * (key_bytes_ + value_bytes_);
   return {begin + key_bytes_ / capacity * first_slot, begin + key_bytes_ + value_bytes_ / capacity * first_slot, half};
+}
+
+void prefetch_head(const KeyValueHead& head, int length, int head_dim) {
+  constexpr std::size_t kMost = 16384;  // of keys or values: longer runs the processor notices by itself
+  const std::size_t element = head.half ? sizeof(uint16_t) : sizeof(float);
+  const std::size_t last_block = std::size_t(length - 1) / kKeyBlock * head_dim * kKeyBlock * element;
+  const auto* const key = static_cast<const char*>(head.key);
+  const auto* const value = static_cast<const char*>(head.value);
+  for (std::size_t i = 0; i < head_dim * kKeyBlock * element; i += 64) __builtin_prefetch(key + last_block + i, 1);
+  for (std::size_t i = 0; i < std::min(last_block, kMost); i += 64) __builtin_prefetch(key + i);
+  const std::size_t values = length * value_stride(head_dim) * element;
+  for (std::size_t i = 0; i < std::min(values, kMost); i += 64) __builtin_prefetch(value + i);
 }
 
 void copy_prefix(const KeyValueHead& from, const KeyValueHead& to, int length, int head_dim) {

@@ -44,27 +44,39 @@ inline int round_up(int value, int multiple) { return (value + multiple - 1) / m
 // Codes are 16-row panels of two bits a weight or of base 3 (layout.h). A row is num_blocks blocks of the same number of
 // weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks, 16);
 // where scale_stride is 0, one panel's stand for all of them.
-struct Linear {
+class Linear {
+ public:
+  Linear() = default;
+  Linear(const uint8_t* codes, int n, int k, int num_blocks, bool is_base3)
+      : codes(codes),
+        n(n),
+        k(k),
+        num_blocks(num_blocks),
+        block_lines_(num_lines() / num_blocks),
+        block_groups_(is_base3 ? block_lines_ / kBase3Lines : 0),
+        block_bytes_(std::size_t(block_groups_) * kBase3Bytes + std::size_t(rest_lines()) * kLineBytes) {}
+
   const uint8_t* codes = nullptr;
-  bool is_base3 = false;
+  int n = 0, k = 0;
+  int num_blocks = 1;
   const float* weight_scale = nullptr;
   std::size_t scale_stride = 0;       // from panel to panel
-  int num_blocks = 1;
   const float* bias = nullptr;        // padded to 16
   const float* input_norm = nullptr;  // (k,)
-  int n = 0, k = 0;
 
   int num_panels() const { return (n + kPanelRows - 1) / kPanelRows; }
   int num_lines() const { return (k + kLineK - 1) / kLineK; }
-  int block_lines() const { return num_lines() / num_blocks; }
-  int block_groups() const { return is_base3 ? block_lines() / kBase3Lines : 0; }  // of base 3; the rest are lines
-  int rest_lines() const { return block_lines() - block_groups() * kBase3Lines; }  // of a block
-  std::size_t block_bytes() const {
-    return std::size_t(block_groups()) * kBase3Bytes + std::size_t(rest_lines()) * kLineBytes;
-  }
-  std::size_t panel_bytes() const { return block_bytes() * num_blocks; }
+  int block_lines() const { return block_lines_; }
+  int block_groups() const { return block_groups_; }  // of base 3; the rest are lines
+  int rest_lines() const { return block_lines_ - block_groups_ * kBase3Lines; }  // of a block
+  std::size_t block_bytes() const { return block_bytes_; }
+  std::size_t panel_bytes() const { return block_bytes_ * num_blocks; }
   const uint8_t* panel(int index) const { return codes + index * panel_bytes(); }
   const float* scales(int panel, int block) const { return weight_scale + panel * scale_stride + block * kPanelRows; }
+
+ private:
+  int block_lines_ = 0, block_groups_ = 0;
+  std::size_t block_bytes_ = 0;
 };
 
 // x_int8 of a chunk: row after row for up to kStreamTokens tokens, otherwise in tiles, [K / 4][tile_tokens][4].

@@ -28,11 +28,9 @@ struct Case {
   std::vector<Scratch> scratch;
 
   Case(Team& team, const Kernels& kernels, int n, int k, int num_tokens) : scratch(team.num_threads()) {
-    linear.n = n;
-    linear.k = k;
+    linear = Linear(nullptr, n, k, 1, kernels.gemv_base3 != nullptr);
     std::fill_n(weight_scale, kPanelRows, 1.0f);
     linear.weight_scale = weight_scale;
-    linear.is_base3 = kernels.gemv_base3 != nullptr;
     const std::size_t bytes = linear.num_panels() * linear.panel_bytes();
     uint8_t* data = packed.get(bytes);
     uint64_t state = 88172645463325252u;
