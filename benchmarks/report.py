@@ -74,8 +74,8 @@ itself differs between processors. bitnet.cpp (tree of 2024) has no norm of quer
 | ik_llama.cpp | IQ2_BN | Q6_K | 239 | 53.6 | 1.47 | 3.06 |
 | ik_llama.cpp | IQ2_BN_R4 | Q4_0 | 209 | 67.8 | 1.36 | 3.85 |"""
 CAPTION = """Whole models (prompt of 512; 64 tokens decoded): multiply-adds of ternary body and, in decode, output head,
-without attention. Bytes: decode reads body and head once a token, at their bits a weight (engine: 1.68, or 2 without
-AVX-512 VBMI, and the 5 of 8 bits of the head that it scans); prefill reads the body once for 512 tokens. Kernels alone:
+without attention. Bytes: decode reads body and head once a token, at their bits a weight (engine: 1.68, or 2 on
+AArch64, and the 5 of 8 bits of the head that it scans); prefill reads the body once for 512 tokens. Kernels alone:
 packed weights once, for 1 token (GEMV) or 512 (GEMM). Medians over rounds. """
 
 

@@ -132,7 +132,7 @@ def write_student(
         norms: weights by module name, `model.norm`, without SubLN (that is `TernaryLinear.input_norm`).
         task: what the model was trained for: name, kind, prompt, label_words.
         encoding: of the ternary codes. Both run to the same logits; base3 takes a sixth fewer bytes, and is expanded
-            when it is loaded on a processor that does not stream it.
+            when it is loaded by a kernel that does not stream it.
         created_by: who wrote it, with version: `bitdistill 0.1.0`.
     Raises:
         ValueError: a tensor missing, unexpected, of another shape than `config` says, or with NaN or infinity; blocks
@@ -251,14 +251,14 @@ def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> Pack
     kept = [name for name in tensors if name.endswith(suffixes)]
     tensors |= dict(zip(kept, empty_lines([tensors[name].shape for name in kept]), strict=True))
 
-    def digest(name: str) -> str:
+    def digest_of(name: str) -> str:
         into = tensors[name].data.cast("B") if name in kept else None
         return _digest(file.fileno(), offsets[name], tensors[name].nbytes, into)
 
     # The bytes are read, not mapped, so that what is never used afterwards does not stay in memory.
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         largest_first = sorted(tensors, key=lambda name: -tensors[name].nbytes)
-        digests = pool.map(digest, largest_first)
+        digests = pool.map(digest_of, largest_first)
         for name, digest in zip(largest_first, digests, strict=True):
             if digest != checksums.get(name):
                 raise ValueError(

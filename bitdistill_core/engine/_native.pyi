@@ -39,6 +39,7 @@ class Model:
         final_norm: np.ndarray,
         embedding: dict[str, Any],
         head: dict[str, Any],
+        head_scan: NDArray[uint8],
         kernel: str,
         num_threads: int,
     ) -> None: ...

@@ -52,7 +52,7 @@ class Engine:
         kv_dtype: str = "float32",
         read_head: bool = False,
     ) -> "Engine":
-        """The model at `path`, verified and memory-mapped.
+        """The model at `path`, verified; what is not needed is not read into memory.
 
         Args:
             num_threads: 0 is every core this process may use.

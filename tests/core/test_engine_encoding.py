@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_a_head_that_is_read_at_once_generates_the_same(twins: tuple[Path, Path]
     assert generated[0] == generated[1]
     copies = [later._decoder.arrays[head], at_once.model.tensors[head]]
     np.testing.assert_array_equal(copies[0], copies[1])
+
+
+def test_a_file_truncated_before_the_first_token_is_one_error(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(twins[1].read_bytes())
+    engine = Engine.load(path, num_threads=2)
+    hidden = engine._decoder.forward([np.array(PROMPT, np.int32)], [0])
+    os.truncate(path, engine.model.offsets[f"{engine.config.head}.scan"])
+    with pytest.raises(ValueError, match="the packed file cannot be read any more"):
+        engine._decoder.logits(hidden)
 
 
 def test_info_shows_the_encoding_and_the_bytes_of_the_file(twins: tuple[Path, Path]) -> None:

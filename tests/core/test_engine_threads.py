@@ -37,6 +37,24 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
     np.testing.assert_array_equal(engine.score(["a film"], [" bad", " good"]), expected)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_forked_before_the_first_token_generates_as_its_parent(tmp_path: Path) -> None:
+    write_classifier(tmp_path / "model.bitdistill", TASK)
+    script = f"""
+import os, sys
+from bitdistill_core.engine.model import Engine
+engine = Engine.load({str(tmp_path / "model.bitdistill")!r}, num_threads=2)
+if os.fork() == 0:
+    print("".join(engine.generate("a film", 8)), flush=True)
+    os._exit(0)
+os.wait()
+print("".join(engine.generate("a film", 8)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    child, parent = result.stdout.splitlines()
+    assert child == parent != ""
+
+
 def test_threads_that_cannot_be_started_are_one_error(tmp_path: Path) -> None:
     write_classifier(tmp_path / "model.bitdistill", TASK)
     limit = (3 << 30, resource.RLIM_INFINITY)  # each stack takes 8 MiB of it

@@ -22,16 +22,18 @@ KeyValueHead KeyValueCache::head(int layer, int index, int first_slot) const {
   return {begin + key_bytes_ / capacity * first_slot, begin + key_bytes_ + value_bytes_ / capacity * first_slot, half};
 }
 
-void prefetch_head(const KeyValueHead& head, int length, int head_dim) {
+void prefetch_head(const KeyValueHead& head, int first, int last, int head_dim) {
   constexpr std::size_t kMost = 16384;  // of keys or values: longer runs the processor notices by itself
   const std::size_t element = head.half ? sizeof(uint16_t) : sizeof(float);
-  const std::size_t last_block = std::size_t(length - 1) / kKeyBlock * head_dim * kKeyBlock * element;
-  const auto* const key = static_cast<const char*>(head.key);
-  const auto* const value = static_cast<const char*>(head.value);
-  for (std::size_t i = 0; i < head_dim * kKeyBlock * element; i += 64) __builtin_prefetch(key + last_block + i, 1);
-  for (std::size_t i = 0; i < std::min(last_block, kMost); i += 64) __builtin_prefetch(key + i);
-  const std::size_t values = length * value_stride(head_dim) * element;
-  for (std::size_t i = 0; i < std::min(values, kMost); i += 64) __builtin_prefetch(value + i);
+  const std::size_t block = element * head_dim * kKeyBlock, value = element * value_stride(head_dim);
+  const auto ask = [](const void* begin, std::size_t bytes) {
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i);
+  };
+  const char* const keys = static_cast<const char*>(head.key);
+  const std::size_t first_block = first / kKeyBlock, last_block = (last - 1) / kKeyBlock;
+  ask(keys + last_block * block, block);
+  ask(keys + first_block * block, std::min((last_block - first_block) * block, kMost));
+  ask(static_cast<const char*>(head.value) + first * value, std::min((last - first) * value, kMost));
 }
 
 void copy_prefix(const KeyValueHead& from, const KeyValueHead& to, int length, int head_dim) {

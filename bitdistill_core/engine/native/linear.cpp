@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 
 #include "tables.h"
 
@@ -11,8 +12,9 @@ namespace {
 
 // Panels that gemm_pair takes.
 constexpr int kPairPanels = 2, kPairRows = kPairPanels * kPanelRows;
-// Panels that a thread takes at once.
-constexpr int kPiecePanels = 4, kGatedPiecePanels = 16;
+// How many of `count` panels a thread takes at once, an even number: `most`, fewer where each thread has few.
+int piece_of(int count, int num_threads, int most) { return std::clamp(count / (4 * num_threads) / 2 * 2, 2, most); }
+constexpr int kPiecePanels = 4, kGatedPiecePanels = 16;  // the most
 
 // Up to kTileTokens tokens of kPairPanels neighbouring panels at most, to `out` (tokens, stride): integer_sums(block,
 // sums) gives the integers of a block, which are scaled and added up in float32, block after block.
@@ -224,13 +226,16 @@ void Int8Tokens::sum_blocks(int token, const int8_t* row) {
 const int8_t* Scratch::lookups_of(const Kernels& kernels, const Linear& linear, const Int8Tokens& x) {
   const int groups = linear.block_groups();
   if (groups == 0 || kernels.prepare_base3 == nullptr) return nullptr;
-  if (looked_up == x.number) return lookups.data();
-  int8_t* to = lookups.get(std::size_t(x.num_tokens) * x.num_blocks * lookup_bytes(groups));
+  for (const Lookups& made : lookups) {
+    if (made.number == x.number) return made.sums.data();
+  }
+  std::swap(lookups[0], lookups[1]);
+  int8_t* to = lookups[0].sums.get(std::size_t(x.num_tokens) * x.num_blocks * lookup_bytes(groups));
   for (int i = 0; i < x.num_tokens * x.num_blocks; ++i, to += lookup_bytes(groups)) {
     kernels.prepare_base3(x.x_int8.data() + std::size_t(i) * (x.padded_k / x.num_blocks), groups, to);
   }
-  looked_up = x.number;
-  return lookups.data();
+  lookups[0].number = x.number;
+  return lookups[0].sums.data();
 }
 
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
@@ -272,7 +277,7 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
   }
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  team.run_through(num_panels, kPiecePanels, [&](int first, int last, int thread) {
+  team.run_through(num_panels, piece_of(num_panels, team.num_threads(), kPiecePanels), [&](int first, int last, int thread) {
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
       if (first < own) multiply_panels(kernels, scratch[thread], *product, first, std::min(own, last));
@@ -286,7 +291,8 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
                     Activation activation) {
   if (gate.x->for_tables()) return multiply_gated_by_tables(team, kernels, scratch, gate, up, activation);
   const int num_tokens = gate.x->num_tokens;
-  team.run_through(gate.linear->num_panels(), kGatedPiecePanels, [&](int begin, int end, int thread) {
+  const int num_panels = gate.linear->num_panels();
+  team.run_through(num_panels, piece_of(num_panels, team.num_threads(), kGatedPiecePanels), [&](int begin, int end, int thread) {
     float* const up_tile = scratch[thread].up.get(kTileTokens * kPairRows);
     const auto finish = [&](int panel, int num_panels, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {

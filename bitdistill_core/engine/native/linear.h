@@ -118,8 +118,11 @@ struct Scratch {
   Buffer<int16_t> tables, partial;
   Buffer<int32_t> sums;
   Buffer<float> attention;  // rows of queries and their scores
-  Buffer<int8_t> lookups;   // for gemv_base3, (num_tokens, num_blocks, lookup_bytes)
-  uint64_t looked_up = 0;   // number of the tokens they are of
+  struct Lookups {          // for gemv_base3
+    Buffer<int8_t> sums;    // (num_tokens, num_blocks, lookup_bytes)
+    uint64_t number = 0;    // of the tokens they are of
+  };
+  Lookups lookups[2];       // the last one first: where SubLN gives each linear a norm of its own, gate and up take turns
 
   // The lookups of few tokens, made by each thread for itself; null where gemv_base3 reads x_int8.
   const int8_t* lookups_of(const Kernels& kernels, const Linear& linear, const Int8Tokens& x);

@@ -355,7 +355,8 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     all.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
     if (single) {  // one token of a generation: a step less if each head prepares itself
       const std::size_t kv_stride = round_up(layer.k.n, kPanelRows);
-      prefetch_head(all.head, tokens.position_of[0] + 1, d);
+      const int last = tokens.position_of[0] + 1;
+      prefetch_head(all.head, layer.window > 0 ? std::max(0, last - layer.window) : 0, last, d);
       float* const key = q + stride + share.kv_head * d;
       rotate(0, layer.norms.key, 1, key);
       kernels.store_key_value(all.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());

@@ -38,7 +38,8 @@ class Team {
   }
 
   // Calls work(begin, end, thread) for pieces of [0, count), of `piece` or fewer. Every thread goes through a run of its
-  // own from the front, one stream of memory, and then takes from the ends of others: none waits long for another.
+  // own from the front, one stream of memory, then through those that nobody has begun, and then takes from the ends of
+  // others: none waits long for another.
   template <class Work>
   void run_through(int count, int piece, Work&& work);
 
@@ -72,6 +73,7 @@ template <class Work>
 void Team::run_through(int count, int piece, Work&& work) {
   struct alignas(64) Run {
     std::atomic<uint64_t> left;  // begin in the upper half, end in the lower
+    std::atomic<bool> has_owner{false};
   };
   const auto pack = [](uint64_t begin, uint64_t end) { return begin << 32 | end; };
   const int num_runs = num_threads();
@@ -83,12 +85,13 @@ void Team::run_through(int count, int piece, Work&& work) {
   run(num_runs, [&](int own, int thread) {
     for (int i = 0; i < num_runs; ++i) {
       std::atomic<uint64_t>& left = runs[(own + i) % num_runs].left;
+      const bool is_owner = !runs[(own + i) % num_runs].has_owner.exchange(true);
       for (uint64_t now = left.load(std::memory_order_relaxed);;) {
         const int begin = int(now >> 32), end = int(now & UINT32_MAX);
         if (begin >= end) break;
-        const int first = i == 0 ? begin : std::max(begin, (end - 1) / piece * piece);
-        const int last = i == 0 ? std::min(end, begin + piece) : end;
-        const uint64_t then = i == 0 ? pack(last, end) : pack(begin, first);
+        const int first = is_owner ? begin : std::max(begin, (end - 1) / piece * piece);
+        const int last = is_owner ? std::min(end, begin + piece) : end;
+        const uint64_t then = is_owner ? pack(last, end) : pack(begin, first);
         if (!left.compare_exchange_weak(now, then, std::memory_order_relaxed)) continue;
         work(first, last, thread);
         now = then;
