@@ -92,7 +92,7 @@ def _expected_tensors(config: EngineConfig, encoding: Encoding, block_size: int 
             expected[f"{name}.input_norm.weight"] = FLOAT32, (linear.k,)
     for name, size in norm_layers(config).items():
         expected[f"{name}.weight"] = FLOAT32, (size,)
-    for name in ("model.embed_tokens",) if config.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
+    for name in dict.fromkeys(("model.embed_tokens", config.head)):  # one where they are tied
         expected[f"{name}.scan"] = UINT8, scan_shape(config.vocab_size, config.hidden_size)
         expected[f"{name}.next"] = UINT8, next_shape(config.vocab_size, config.hidden_size)
         expected[f"{name}.rest"] = UINT8, rest_shape(config.vocab_size, config.hidden_size)
