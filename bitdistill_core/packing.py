@@ -5,8 +5,8 @@ Not for quantising: codes and scales come in ready-made (bitdistill_core.quantiz
 The file is a safetensors file: 8 bytes header length (little endian), the JSON header, then the tensors without
 gaps. The header is padded with spaces and `w_packed`, `w_base3` and `scan` tensors come first, so every line starts on
 a 64-byte address of a memory map; bitdistill_core.panels describes their bytes. Metadata: format, format_version,
-config (JSON of engine.config.EngineConfig), config_sha256, checksums (JSON, tensor name to the SHA-256 of its bytes),
-created_by.
+config (JSON of engine.config.EngineConfig), config_xxh3 (its checksum), checksums (JSON, tensor name to the checksum of
+its bytes), created_by. A checksum is XXH3 of 128 bits, in hexadecimal: against damage, not against forgery.
 Tensors, by Hugging Face's module names:
 
     <linear>.w_packed uint8, or <linear>.w_base3 uint8 in a file of encoding base3
@@ -20,7 +20,6 @@ Tensors, by Hugging Face's module names:
     <norm>.weight fp32        tokenizer.json, task.json uint8: their bytes (task.json: null, or the prompt and labels)
 """
 
-import hashlib
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from bitdistill_core.engine.config import EngineConfig, linear_layers
 from bitdistill_core.engine.tensors import (
@@ -48,7 +48,7 @@ from bitdistill_core.engine.tensors import (
 from bitdistill_core.panels import LINE_BYTES, empty_lines, pack_base3, pack_int8_rows, pack_ternary
 
 FORMAT = "bitdistill"
-FORMAT_VERSION = "6"
+FORMAT_VERSION = "7"
 STREAMED = (".w_packed", ".w_base3", ".scan")  # names end so
 HASH_BLOCK_BYTES, HASH_THREADS = 1 << 16, 2
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
@@ -171,13 +171,13 @@ def write_packed(path: Path, *, config: dict[str, Any], tensors: Mapping[str, np
     """Writes checked `tensors` with checksums, atomically: a temporary file beside `path`, fsync, then a rename."""
     order = sorted(tensors, key=lambda name: (not name.endswith(STREAMED), tensors[name].dtype != np.float32))
     config_json = json.dumps(config, sort_keys=True)
-    checksums = {name: hashlib.sha256(tensors[name].data).hexdigest() for name in order}
+    checksums = {name: xxh3_128_hexdigest(tensors[name].data) for name in order}
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "config": config_json,
-            "config_sha256": hashlib.sha256(config_json.encode()).hexdigest(),
+            "config_xxh3": xxh3_128_hexdigest(config_json.encode()),
             "checksums": json.dumps(checksums),
             "created_by": created_by,
         }
@@ -273,8 +273,8 @@ def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> Pack
 
 
 def _digest(descriptor: int, offset: int, size: int, into: memoryview | None) -> str:
-    """SHA-256 of `size` bytes of a file, which are read into `into`, or into memory that is given back."""
-    digest, begin, end = hashlib.sha256(), offset, offset + size
+    """The checksum of `size` bytes of a file, which are read into `into`, or into memory that is given back."""
+    digest, begin, end = xxh3_128(), offset, offset + size
     block = memoryview(bytearray(0 if into is not None else min(HASH_BLOCK_BYTES, size)))
     while offset < end:
         buffer = block if into is None else into[offset - begin :][:HASH_BLOCK_BYTES]
@@ -340,9 +340,9 @@ def _check_header(path: Path, header: dict[str, Any], metadata: dict[str, str]) 
         if not _is_sound(entry):
             raise ValueError(f"path={path} is corrupted: the entry of tensor={name} is {entry}; copy or pack it again")
     try:
-        config_sha256, checksums = metadata["config_sha256"], json.loads(metadata["checksums"])
+        config_xxh3, checksums = metadata["config_xxh3"], json.loads(metadata["checksums"])
         metadata["created_by"].encode(), checksums.items()
-        config_is_sound = hashlib.sha256(metadata["config"].encode()).hexdigest() == config_sha256
+        config_is_sound = xxh3_128_hexdigest(metadata["config"].encode()) == config_xxh3
         json.loads(metadata["config"]).items()
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"path={path} is corrupted: its metadata cannot be read; copy or pack it again") from None

@@ -1,7 +1,6 @@
 """The packed file: the round trip, and one clear error for every way a file can be wrong."""
 
 import contextlib
-import hashlib
 import json
 import struct
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from xxhash import xxh3_128_hexdigest
 
 from bitdistill_core import packing
 from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
@@ -209,7 +209,7 @@ def test_the_file_is_a_safetensors_file_mapped_read_only_with_aligned_lines(pack
     model = read_packed(packed_file)
     with safe_open(packed_file, framework="numpy") as file:
         assert file.metadata()["format"] == "bitdistill"
-        assert file.metadata()["format_version"] == "6"
+        assert file.metadata()["format_version"] == "7"
         names = list(file.keys())
         assert set(names) == set(model.tensors)
         for name in names:
@@ -292,7 +292,7 @@ def test_another_safetensors_file_is_not_a_packed_model(tmp_path: Path) -> None:
 
 def test_names_both_versions_when_the_format_version_differs(packed_file: Path) -> None:
     with_metadata(packed_file, format_version="1")
-    with pytest.raises(ValueError, match=r"this engine reads format_version=6; got format_version=1"):
+    with pytest.raises(ValueError, match=r"this engine reads format_version=7; got format_version=1"):
         read_packed(packed_file)
 
 
@@ -327,7 +327,7 @@ def test_refuses_nan_behind_right_checksums(packed_file: Path) -> None:
     damaged = bytearray(data)
     damaged[begin : begin + 4] = struct.pack("<f", float("nan"))
     checksums = json.loads(header["__metadata__"]["checksums"])
-    checksums["model.norm.weight"] = hashlib.sha256(damaged[begin:end]).hexdigest()
+    checksums["model.norm.weight"] = xxh3_128_hexdigest(damaged[begin:end])
     header["__metadata__"]["checksums"] = json.dumps(checksums)
     join_file(packed_file, header, bytes(damaged))
     with pytest.raises(ValueError, match=r"finite numbers only; got NaN or infinity in tensor=model\.norm\.weight"):
@@ -347,7 +347,7 @@ def test_refuses_tensors_that_are_not_aligned(packed_file: Path, shift: int) -> 
 def test_refuses_a_number_beyond_any_float_in_the_config(packed_file: Path) -> None:
     header, _ = split_file(packed_file)
     config = json.dumps(json.loads(header["__metadata__"]["config"]) | {"rms_norm_eps": 10**400})
-    with_metadata(packed_file, config=config, config_sha256=hashlib.sha256(config.encode()).hexdigest())
+    with_metadata(packed_file, config=config, config_xxh3=xxh3_128_hexdigest(config.encode()))
     with pytest.raises(ValueError, match="rms_norm_eps"):
         read_packed(packed_file)
 
