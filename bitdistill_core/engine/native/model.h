@@ -78,6 +78,10 @@ class Model {
   struct Tokens;
   enum class Part { kAll, kKeysAndValues, kQueries };
 
+  // Cosines and sines of the positions in the batch.
+  void compute_angles(Workspace& workspace, const Batch& batch) const;
+  // Embeddings (tokens, hidden_stride). Their rows come from the file, a token each; neighbours are often the same.
+  void embed(const std::vector<Segment>& segments, float* x) const;
   void run_layer(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens, Part part);
   void store_keys_and_values(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
   void attend(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
