@@ -6,7 +6,6 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
 #include <deque>
 #include <stdexcept>
 
@@ -14,7 +13,6 @@
 #include "dispatch.h"
 #include "measure.h"
 #include "model.h"
-#include "tables.h"
 
 namespace nb = nanobind;
 using namespace bitdistill;
@@ -68,57 +66,13 @@ Linear linear_of(const Codes& codes, const Array<const float, 3>& weight_scale, 
 void ternary_matmul(const Array<const int8_t, 2>& x, const Codes& codes, const Array<int32_t, 2>& out,
                     const std::string& kernel, int num_threads) {
   const Kernels& kernels = kernels_named(kernel);
-  const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1)), num_panels = N / kPanelRows;
+  const int T = int(x.shape(0)), K = int(x.shape(1)), N = int(out.shape(1));
   const Linear linear = codes_of(codes, N, K, 1);
   const int8_t* x_data = x.data();
   int32_t* out_data = out.data();
   const nb::gil_scoped_release released;
   Team team(num_threads);
-  Int8Tokens tokens;
-  tokens.resize(kernels, T, K, 1);
-  std::vector<int8_t> row(K);
-  std::vector<int32_t> sums(T, 0);
-  for (int t = 0; t < T; ++t) {
-    std::memcpy(row.data(), x_data + std::size_t(t) * K, K);
-    for (const int8_t value : row) sums[t] += value;
-    tokens.place(t, K, row.data());
-  }
-  std::vector<Scratch> scratch(num_threads);
-  if (tokens.for_tables()) {
-    const auto at = [&](int panel) { return PanelAt{&linear, panel}; };
-    for_table_sums(team, kernels, scratch.data(), tokens, num_panels, at,
-                   [&](int panel, int first, int count, const int32_t* table_sums) {
-                     for (int t = 0; t < count; ++t) {
-                       int32_t* const row = out_data + std::size_t(first + t) * N + panel * kPanelRows;
-                       std::memcpy(row, table_sums + t * kPanelRows, sizeof(int32_t) * kPanelRows);
-                     }
-                   });
-    return;
-  }
-  const int at_once = tokens.tiled() && kernels.gemm_pair != nullptr ? 2 : 1;
-  team.run((num_panels + at_once - 1) / at_once, [&](int item, int thread) {
-    const int panel = item * at_once, count = std::min(at_once, num_panels - panel);
-    const std::size_t panel_codes = std::size_t(K) * kPanelRows;
-    int32_t result[2 * kTileTokens * kPanelRows];
-    uint8_t* unpacked = scratch[thread].codes.get(count * panel_codes);
-    for (int i = 0; i < count && tokens.tiled(); ++i) unpack_codes(kernels, linear, panel + i, unpacked + i * panel_codes);
-    for (int first = 0; first < T; first += tokens.tiled() ? kTileTokens : 1) {
-      const int8_t* from = tokens.x_int8.data() + std::size_t(first) * K;
-      if (!tokens.tiled()) {
-        block_sums(kernels, linear, panel, 0, tokens, scratch[thread].lookups_of(kernels, linear, tokens), first, result);
-      } else if (count == 1) {
-        kernels.gemm_tile(unpacked, from, K / 4, result);
-      } else {
-        kernels.gemm_pair(unpacked, unpacked + panel_codes, from, K / 4, result);
-      }
-      for (int t = first; t < std::min(T, first + (tokens.tiled() ? kTileTokens : 1)); ++t) {
-        for (int r = 0; r < count * kPanelRows; ++r) {
-          const int32_t sum = result[(r / kPanelRows * kTileTokens + t - first) * kPanelRows + r % kPanelRows];
-          out_data[std::size_t(t) * N + panel * kPanelRows + r] = sum - sums[t];
-        }
-      }
-    }
-  });
+  exact_sums(team, kernels, linear, x_data, T, out_data);
 }
 
 // x (T, K), quantised token by token, times packed weights and their scales, (T, padded N).

@@ -59,6 +59,21 @@ void stream_panel(const Kernels& kernels, Scratch& scratch, const Product& produ
   });
 }
 
+// Codes of `num_panels` panels, one panel or a pair, side by side in scratch.
+const uint8_t* unpack_panels(const Kernels& kernels, Scratch& scratch, const Linear& linear, int panel, int num_panels,
+                             std::size_t panel_codes) {
+  uint8_t* const codes = scratch.codes.get(kPairPanels * panel_codes);
+  for (int i = 0; i < num_panels; ++i) unpack_codes(kernels, linear, panel + i, codes + i * panel_codes);
+  return codes;
+}
+
+// Integers of a tile and those codes, sums[panel][t][r].
+void tile_sums(const Kernels& kernels, const uint8_t* codes, int num_panels, std::size_t panel_codes,
+               const int8_t* x_tile, int steps, int32_t* sums) {
+  if (num_panels == 1) return kernels.gemm_tile(codes, x_tile, steps, sums);
+  kernels.gemm_pair(codes, codes + panel_codes, x_tile, steps, sums);
+}
+
 // One panel or a pair of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile is
 // called after each.
 template <class OutOf, class AfterTile>
@@ -67,8 +82,7 @@ void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& produc
   const Linear& linear = *product.linear;
   const Int8Tokens& x = *product.x;
   const std::size_t panel_codes = std::size_t(x.padded_k) * kPanelRows;
-  uint8_t* const codes = scratch.codes.get(kPairPanels * panel_codes);
-  for (int i = 0; i < num_panels; ++i) unpack_codes(kernels, linear, panel + i, codes + i * panel_codes);
+  const uint8_t* const codes = unpack_panels(kernels, scratch, linear, panel, num_panels, panel_codes);
   const int block_k = linear.block_lines() * kLineK;
   // The next panels come from memory while these are multiplied, a piece with every tile.
   const char* next = reinterpret_cast<const char*>(linear.panel(panel + num_panels));
@@ -82,10 +96,8 @@ void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& produc
     const int8_t* x_tile = x.x_int8.data() + std::size_t(first) * x.padded_k;
     add_blocks(kernels, product, panel, num_panels, first, tokens, out_of(first), stride, [&](int block, int32_t* sums) {
       const std::size_t first_k = std::size_t(block) * block_k;
-      const uint8_t* const block_codes = codes + first_k * kPanelRows;
-      const int8_t* const block_x = x_tile + first_k * kTileTokens;
-      if (num_panels == 1) return kernels.gemm_tile(block_codes, block_x, block_k / 4, sums);
-      kernels.gemm_pair(block_codes, block_codes + panel_codes, block_x, block_k / 4, sums);
+      tile_sums(kernels, codes + first_k * kPanelRows, num_panels, panel_codes, x_tile + first_k * kTileTokens,
+                block_k / 4, sums);
     });
     after_tile(first, tokens);
   }
@@ -155,6 +167,36 @@ void multiply_panels(const Kernels& kernels, Scratch& scratch, const Product& pr
     float* const out = product.out + panel * kPanelRows;
     tile_panels(kernels, scratch, product, panel, count, product.stride,
                 [&](int first) { return out + first * product.stride; }, [](int, int) {});
+  }
+}
+
+// Exact sums of one panel or a pair, to out (num_tokens, n).
+void store_exact_sums(const Kernels& kernels, Scratch& scratch, const Linear& linear, const Int8Tokens& x, int panel,
+                      int num_panels, int32_t* out) {
+  int32_t sums[kPairPanels * kTileTokens * kPanelRows];
+  const auto store = [&](int first, int tokens) {
+    for (int t = 0; t < tokens; ++t) {
+      int32_t* const to = out + std::size_t(first + t) * linear.n + panel * kPanelRows;
+      for (int r = 0; r < num_panels * kPanelRows; ++r) {
+        const int32_t sum = sums[(r / kPanelRows * kTileTokens + t) * kPanelRows + r % kPanelRows];
+        to[r] = sum - x.sum.data()[first + t];
+      }
+    }
+  };
+  if (!x.tiled()) {
+    const int8_t* const lookups = scratch.lookups_of(kernels, linear, x);
+    for (int t = 0; t < x.num_tokens; ++t) {
+      block_sums(kernels, linear, panel, 0, x, lookups, t, sums);
+      store(t, 1);
+    }
+    return;
+  }
+  const std::size_t panel_codes = std::size_t(x.padded_k) * kPanelRows;
+  const uint8_t* const codes = unpack_panels(kernels, scratch, linear, panel, num_panels, panel_codes);
+  for (int first = 0; first < x.num_tokens; first += kTileTokens) {
+    const int8_t* const x_tile = x.x_int8.data() + std::size_t(first) * x.padded_k;
+    tile_sums(kernels, codes, num_panels, panel_codes, x_tile, x.padded_k / 4, sums);
+    store(first, std::min(kTileTokens, x.num_tokens - first));
   }
 }
 
@@ -284,6 +326,36 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
       first = std::max(first - own, 0);
       last -= own;
     }
+  });
+}
+
+void exact_sums(Team& team, const Kernels& kernels, const Linear& linear, const int8_t* x, int num_tokens,
+                int32_t* out) {
+  Int8Tokens tokens;
+  tokens.resize(kernels, num_tokens, linear.k, 1);
+  std::vector<int8_t> row(linear.k);
+  for (int t = 0; t < num_tokens; ++t) {
+    std::memcpy(row.data(), x + std::size_t(t) * linear.k, linear.k);
+    tokens.sum_blocks(t, row.data());
+    tokens.place(t, linear.k, row.data());
+  }
+  std::vector<Scratch> scratch(team.num_threads());
+  const int num_panels = linear.num_panels();
+  if (tokens.for_tables()) {
+    const auto at = [&](int panel) { return PanelAt{&linear, panel}; };
+    for_table_sums(team, kernels, scratch.data(), tokens, num_panels, at,
+                   [&](int panel, int first, int count, const int32_t* sums) {
+                     for (int t = 0; t < count; ++t) {
+                       int32_t* const to = out + std::size_t(first + t) * linear.n + panel * kPanelRows;
+                       std::memcpy(to, sums + t * kPanelRows, sizeof(int32_t) * kPanelRows);
+                     }
+                   });
+    return;
+  }
+  const int at_once = tokens.tiled() ? panels_at_once(kernels, 0, num_panels) : 1;
+  team.run((num_panels + at_once - 1) / at_once, [&](int item, int thread) {
+    const int panel = item * at_once, count = std::min(at_once, num_panels - panel);
+    store_exact_sums(kernels, scratch[thread], linear, tokens, panel, count, out);
   });
 }
 

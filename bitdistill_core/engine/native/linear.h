@@ -152,6 +152,11 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
 // All products at once, their panels shared out over the team.
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products);
 
+// out (num_tokens, n) = w_ternary @ x, the integers alone: x is (num_tokens, k) INT8, rows are one block, and n and k are
+// those of whole panels and lines.
+void exact_sums(Team& team, const Kernels& kernels, const Linear& linear, const int8_t* x, int num_tokens,
+                int32_t* out);
+
 // out = act(x @ gate^T) * (x @ up^T)
 void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const Product& gate, const Product& up,
                     Activation activation);
