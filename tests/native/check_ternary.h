@@ -82,8 +82,8 @@ void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
   const TableKernels& tables = *checker.kernels.tables;
   checker.function = "tables";
   const int num_lines = num_groups * kBase3Lines + num_rest, k = num_lines * kLineK;
-  const int steps = k / 4, block_steps = kTableTriples / 4 * 3;
-  const int num_blocks = (steps + block_steps - 1) / block_steps, last_steps = steps - (num_blocks - 1) * block_steps;
+  const int steps = k / 4, num_blocks = (steps + kTableSteps - 1) / kTableSteps;
+  const int last_steps = steps - (num_blocks - 1) * kTableSteps;
   const std::size_t group_bytes = std::size_t(num_groups) * kBase3Bytes;
   Guarded<uint8_t> panel(group_bytes + std::size_t(num_rest) * kLineBytes, num_rest % 2);
   Guarded<uint8_t> codes(std::size_t(k) * kPanelRows);
@@ -106,8 +106,8 @@ void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
   std::memset(sums, 0, sums.size * sizeof(int32_t));
   int largest = 0;
   for (int block = 0; block < num_blocks; ++block) {
-    const int here = block + 1 < num_blocks ? block_steps : last_steps;
-    const int more = tables.build(x_tile + std::size_t(block) * block_steps * 4 * kTableTokens, here, table);
+    const int here = block + 1 < num_blocks ? kTableSteps : last_steps;
+    const int more = tables.build(x_tile + std::size_t(block) * kTableSteps * 4 * kTableTokens, here, table);
     if (largest + more > INT16_MAX) {
       tables.flush(partial, sums);
       largest = 0;

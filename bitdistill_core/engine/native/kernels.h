@@ -59,6 +59,7 @@ constexpr int kTableTokens = 16;
 constexpr int kNumTriples = 27;
 // Triples whose tables lie in the nearest cache together, a block.
 constexpr int kTableTriples = 24, kBlockNames = kTableTriples * kPanelRows;
+constexpr int kTableSteps = kTableTriples / 4 * 3;  // steps of 4 k that a block covers, four triples for three
 
 struct TableKernels {
   // Of a panel, which of the 27 each row has of each triple, 16 bytes a triple; `stride` from block to block.

@@ -30,8 +30,8 @@ template <class At, class Take>
 void for_table_sums(Team& team, const Kernels& kernels, Scratch* scratch, const Int8Tokens& x, int num_panels, At&& at,
                     Take&& take) {
   const TableKernels& tables = *kernels.tables;
-  const int steps = x.padded_k / 4, block_steps = kTableTriples / 4 * 3, panel_sums = kPanelRows * kTableTokens;
-  const int num_blocks = (steps + block_steps - 1) / block_steps, num_groups = x.num_tiles();
+  const int steps = x.padded_k / 4, panel_sums = kPanelRows * kTableTokens;
+  const int num_blocks = (steps + kTableSteps - 1) / kTableSteps, num_groups = x.num_tiles();
   const int at_once = std::max(1, kNamedBytes / (num_blocks * kBlockNames));
   for (int begin = 0; begin < num_panels; begin += at_once) {
     const int count = std::min(at_once, num_panels - begin);
@@ -57,7 +57,7 @@ void for_table_sums(Team& team, const Kernels& kernels, Scratch* scratch, const 
       const int8_t* const x_tile = x.x_int8.data() + std::size_t(group) * kTableTokens * x.padded_k;
       int largest = 0;  // that a partial sum can be
       for (int block = 0; block < num_blocks; ++block) {
-        const int step = block * block_steps, here = std::min(block_steps, steps - step);
+        const int step = block * kTableSteps, here = std::min(kTableSteps, steps - step);
         const int more = tables.build(x_tile + std::size_t(step) * 4 * kTableTokens, here, table);
         const bool is_full = largest + more > INT16_MAX;
         largest = is_full ? more : largest + more;
