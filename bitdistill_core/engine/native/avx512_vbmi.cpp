@@ -1,15 +1,9 @@
 // Base 3 as it lies in the file, for the second table of avx512_vnni.cpp: vpermb looks 64 codes up at once. Compiled with
 // -mavx512vbmi beside the flags of that file, and called only where the processor has it.
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "avx512_bytes.h"
 
 namespace bitdistill {
 namespace {
-
-typedef int32_t Int16x32 __attribute__((vector_size(64)));
-
-__attribute__((always_inline)) inline __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
 // The three codes of a value, for vpermb, which looks at six bits of a byte: the magnitude in the lower four and, as the
 // sign, bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
@@ -43,7 +37,7 @@ alignas(64) constexpr Transposed kTransposed = [] {
 
 // Calls take(step, codes) for the 24 steps of a group. Magnitudes 14 and 15 give codes too, whatever they are.
 template <class Take>
-__attribute__((always_inline)) inline void for_steps(const uint8_t* group, Take&& take) {
+BITDISTILL_INLINE void for_steps(const uint8_t* group, Take&& take) {
   const __m512i bits = load_bytes(group + 4 * kLineBytes);
   const auto value = [&](int i, __m512i nibbles, __m512i fifths) {
     // the lower four bits of one, the others of the other
@@ -71,14 +65,10 @@ void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t*
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, x += kBase3K) {
     prefetch_ahead(groups, kBase3Bytes);
     for_steps(groups, [&](int step, __m512i codes) {
-      int32_t four;
-      __builtin_memcpy(&four, x + 4 * step, sizeof four);
-      Int16x32& sum = partial[step % 6];
-      sum = (Int16x32)_mm512_dpbusd_epi32((__m512i)sum, codes, _mm512_set1_epi32(four));
+      partial[step % 6] = multiply_add(partial[step % 6], codes, broadcast_four(x + 4 * step));
     });
   }
-  const Int16x32 total = (partial[0] + partial[1]) + (partial[2] + partial[3]) + (partial[4] + partial[5]);
-  __builtin_memcpy(sums, &total, sizeof total);
+  store_sums(sums, (partial[0] + partial[1]) + (partial[2] + partial[3]) + (partial[4] + partial[5]));
 }
 
 void avx512_vbmi_unpack_base3(const uint8_t* groups, int num_groups, uint8_t* codes) {

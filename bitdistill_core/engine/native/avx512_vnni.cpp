@@ -1,36 +1,11 @@
 // AVX-512 VNNI kernels: 512-bit vpdpbusd, so that 16 rows x 4 k are one register. Compiled with -mavx512f -mavx512bw
 // -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c and called only where the processor has them.
-#include <immintrin.h>
-
+#include "avx512_bytes.h"
 #include "float_ops.h"
+#include "vnni.h"
 
 namespace bitdistill {
 namespace {
-
-// vpdpbusd adds four products code * x of one row, codes 0 to 255 and x from -128 to 127, to an int32 lane and never
-// saturates. So codes stay where they are in the byte and each place has its own sum, divided once at the end, where
-// that is exact; what such a sum may hold sets the length of a block. A line or group adds to a row at most
-//   gemv   codes {0, 64, 128}   4 products:   -65536   32768 lines fit int32
-//   scan   codes 0, 16 .. 240  16 products:  -491520    4369 groups fit int32
-constexpr int kGemvBlockLines = 32768;
-constexpr int kScanBlockGroups = 4096;
-
-// 16 sums of 32 bits, not __m512i, which GCC 12 copies before and after every vpdpbusd.
-typedef int32_t Int16x32 __attribute__((vector_size(64)));
-
-BITDISTILL_INLINE __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
-
-BITDISTILL_INLINE __m512i broadcast_four(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, sizeof four);
-  return _mm512_set1_epi32(four);
-}
-
-BITDISTILL_INLINE Int16x32 multiply_add(Int16x32 sums, __m512i codes, __m512i x) {
-  return (Int16x32)_mm512_dpbusd_epi32((__m512i)sums, codes, x);
-}
-
-BITDISTILL_INLINE void store_sums(int32_t* sums, Int16x32 v) { __builtin_memcpy(sums, &v, sizeof v); }
 
 // Plane p as it lies, codes {0, 4^p, 2 * 4^p}: no shifts, and four sums that do not wait for one another.
 BITDISTILL_INLINE void gemv_line(Int16x32 (&sums)[4], const uint8_t* line, const int8_t* x) {
