@@ -7,13 +7,10 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/auxv.h>
-#endif
-
 #include "check_attention.h"
 #include "check_ternary.h"
 #include "checker.h"
+#include "dispatch.h"
 
 namespace bitdistill {
 const Kernels* emulated_avx_vnni_kernels();
@@ -246,7 +243,6 @@ void check_floats(Checker& checker) {
   for (int head_dim : {2, 4, 6, 16, 22, 80, 128, 256}) check_rotate(checker, head_dim);
   checker.function = "dot";
   for (int n = 32; n <= 1024; n += 32) check_dot(checker, n);
-  checker.function = "attend";
   check_attention(checker);
 }
 
@@ -257,24 +253,16 @@ struct Table {
 };
 
 std::vector<Table> tables() {
-  std::vector<Table> result = {{scalar_kernels(), "", true}};
+  std::vector<Table> result;
+  for (const Kernels* kernels : built_kernels()) {
+    result.push_back({kernels, "", find_kernels(kernels->name) != nullptr});
+  }
 #ifdef __x86_64__
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  result.push_back({avx2_kernels(), "", avx2});
-  result.push_back({emulated_avx_vnni_kernels(), " (emulated)", avx2});
-  result.push_back({emulated_avx512_vnni_kernels(), " (emulated)", avx2});
-  result.push_back({emulated_avx512_vbmi_kernels(), " (emulated)", avx2});
-  result.push_back({avx_vnni_kernels(), "", avx2 && __builtin_cpu_supports("avxvnni")});
-  const bool avx512_vnni = avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
-  result.push_back({avx512_vnni_kernels(), "", avx512_vnni});
-  result.push_back({avx512_vbmi_kernels(), "", avx512_vnni && __builtin_cpu_supports("avx512vbmi")});
-#elif defined(__linux__)
-  result.push_back({neon_kernels(), "", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
-#else
-  result.push_back({neon_kernels(), "", true});
+  const bool has_avx2 = find_kernels("avx2") != nullptr;
+  for (const Kernels* kernels :
+       {emulated_avx_vnni_kernels(), emulated_avx512_vnni_kernels(), emulated_avx512_vbmi_kernels()}) {
+    result.push_back({kernels, " (emulated)", has_avx2});
+  }
 #endif
   return result;
 }

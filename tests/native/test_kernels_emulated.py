@@ -53,6 +53,7 @@ def host_compiler() -> str:
 def test_x86_64_tables_equal_the_scalar_table(tmp_path: Path) -> None:
     parts = [
         *CHECK,
+        (NATIVE / "dispatch.cpp", ["-DBITDISTILL_X86_64", "-DBITDISTILL_AVX_VNNI"]),
         (NATIVE / "avx2.cpp", AVX2),
         (NATIVE / "avx2_base3.cpp", AVX2),
         (NATIVE / "avx2_tables.cpp", AVX2),
@@ -80,7 +81,7 @@ def test_neon_table_equals_the_scalar_table(tmp_path: Path) -> None:
         pytest.skip("missing: aarch64-linux-gnu-g++ (Debian: apt install g++-aarch64-linux-gnu)")
     if not is_native and emulator is None:
         pytest.skip("missing: qemu-aarch64 (Debian: apt install qemu-user)")
-    parts = [*CHECK, (NATIVE / "neon.cpp", DOTPROD)]
+    parts = [*CHECK, (NATIVE / "dispatch.cpp", ["-DBITDISTILL_AARCH64"]), (NATIVE / "neon.cpp", DOTPROD)]
     program = build(compiler, parts, tmp_path, [] if is_native else ["-static"])
     found = results(run([emulator, str(program)] if emulator else [str(program)]))
     assert set(found) == {"scalar", "neon"}
