@@ -34,7 +34,7 @@ void check_scan(Checker& checker, int num_groups, int pattern) {
   checker.same(sums.data, expected_sums, kPanelRows, "sums", num_groups, pattern);
 }
 
-// One row of a panel of `scan`, of `next` and of `rest`, by the words of layout.h.
+// One row of a panel of `scan`, of `next` and of `rest`, by the words of panels.py.
 int row_code(const uint8_t* scan, int row, const uint8_t* next, const uint8_t* rest, int k) {
   const int group = k / kGroupK, i = k % kGroupK / 8, j = k % kGroupK / 4, b = k % 4;
   const uint8_t* lines = scan + std::size_t(group) * kScanGroupBytes;

@@ -7,9 +7,9 @@
 
 namespace bitdistill {
 
-// Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layout of layout.h; u = w_int8 + 128. Arrays of rows are
-// mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale, are read
-// from the file, so that they never count as memory of the process.
+// Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layouts of panels.py; u = w_int8 + 128. Arrays of rows
+// are mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale, are
+// read from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const uint8_t* next = nullptr;

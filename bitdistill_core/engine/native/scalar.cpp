@@ -1,4 +1,4 @@
-// The specification: plain loops over the layouts of layout.h. Always built, always correct.
+// The specification: plain loops over the layouts of panels.py. Always built, always correct.
 #include "float_ops.h"
 
 namespace bitdistill {
