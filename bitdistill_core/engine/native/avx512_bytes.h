@@ -9,7 +9,7 @@ namespace bitdistill {
 namespace {
 
 // 16 sums of 32 bits, not __m512i, which GCC 12 copies before and after every vpdpbusd.
-typedef int32_t Int16x32 __attribute__((vector_size(64)));
+typedef int32_t Int32x16 __attribute__((vector_size(64)));
 
 BITDISTILL_INLINE __m512i load_bytes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
@@ -19,11 +19,11 @@ BITDISTILL_INLINE __m512i broadcast_four(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-BITDISTILL_INLINE Int16x32 multiply_add(Int16x32 sums, __m512i codes, __m512i x) {
-  return (Int16x32)_mm512_dpbusd_epi32((__m512i)sums, codes, x);
+BITDISTILL_INLINE Int32x16 multiply_add(Int32x16 sums, __m512i codes, __m512i x) {
+  return (Int32x16)_mm512_dpbusd_epi32((__m512i)sums, codes, x);
 }
 
-BITDISTILL_INLINE void store_sums(int32_t* sums, Int16x32 v) { __builtin_memcpy(sums, &v, sizeof v); }
+BITDISTILL_INLINE void store_sums(int32_t* sums, Int32x16 v) { __builtin_memcpy(sums, &v, sizeof v); }
 
 }  // namespace
 }  // namespace bitdistill

@@ -61,7 +61,7 @@ BITDISTILL_INLINE void for_steps(const uint8_t* group, Take&& take) {
 
 // |sum of code * x| fits int32 (kMaxK). Six sums, to hide the latency of vpdpbusd.
 void avx512_vbmi_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums) {
-  Int16x32 partial[6] = {};
+  Int32x16 partial[6] = {};
   for (; num_groups > 0; --num_groups, groups += kBase3Bytes, x += kBase3K) {
     prefetch_ahead(groups, kBase3Bytes);
     for_steps(groups, [&](int step, __m512i codes) {

@@ -8,7 +8,7 @@ namespace bitdistill {
 namespace {
 
 // Plane p as it lies, codes {0, 4^p, 2 * 4^p}: no shifts, and four sums that do not wait for one another.
-BITDISTILL_INLINE void gemv_line(Int16x32 (&sums)[4], const uint8_t* line, const int8_t* x) {
+BITDISTILL_INLINE void gemv_line(Int32x16 (&sums)[4], const uint8_t* line, const int8_t* x) {
   const __m512i codes = load_bytes(line);
   sums[0] = multiply_add(sums[0], _mm512_and_si512(codes, _mm512_set1_epi8(0x03)), broadcast_four(x));
   sums[1] = multiply_add(sums[1], _mm512_and_si512(codes, _mm512_set1_epi8(0x0c)), broadcast_four(x + 4));
@@ -16,16 +16,16 @@ BITDISTILL_INLINE void gemv_line(Int16x32 (&sums)[4], const uint8_t* line, const
   sums[3] = multiply_add(sums[3], _mm512_and_si512(codes, _mm512_set1_epi8(int8_t(0xc0))), broadcast_four(x + 12));
 }
 
-BITDISTILL_INLINE Int16x32 gemv_total(const Int16x32 (&sums)[4]) {
+BITDISTILL_INLINE Int32x16 gemv_total(const Int32x16 (&sums)[4]) {
   return sums[0] + (sums[1] >> 2) + (sums[2] >> 4) + (sums[3] >> 6);
 }
 
 // Two lines at a time, each with sums of its own, to hide the latency of vpdpbusd.
 void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* sums) {
-  Int16x32 total = {};
+  Int32x16 total = {};
   for (int line = 0; line < num_lines;) {
     const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
-    Int16x32 even[4] = {}, odd[4] = {};
+    Int32x16 even[4] = {}, odd[4] = {};
     for (; line + 2 <= stop; line += 2, lines += 2 * kLineBytes, x += 2 * kLineK) {
       prefetch_ahead(lines, 2 * kLineBytes);
       gemv_line(even, lines, x);
@@ -53,7 +53,7 @@ void unpack_panel(const uint8_t* lines, int num_lines, uint8_t* codes) {
 
 // 6 tokens x 16 rows, with separate sums for even and odd steps: 12 registers, to hide the latency of vpdpbusd.
 void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums) {
-  Int16x32 even[kTileTokens] = {}, odd[kTileTokens] = {};
+  Int32x16 even[kTileTokens] = {}, odd[kTileTokens] = {};
   for (; steps > 0; steps -= 2, codes += 8 * kPanelRows, x_tile += 8 * kTileTokens) {  // a multiple of 4, as K is of 16
     const __m512i a = load_bytes(codes), b = load_bytes(codes + 4 * kPanelRows);
 #pragma GCC unroll 6
@@ -68,7 +68,7 @@ void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* s
 
 // 6 tokens x 32 rows: each broadcast serves two panels, so that vpdpbusd and not the loads are what a step waits for.
 void gemm_pair(const uint8_t* codes, const uint8_t* codes2, const int8_t* x_tile, int steps, int32_t* sums) {
-  Int16x32 first[kTileTokens] = {}, second[kTileTokens] = {};
+  Int32x16 first[kTileTokens] = {}, second[kTileTokens] = {};
   for (; steps > 0; --steps, codes += 4 * kPanelRows, codes2 += 4 * kPanelRows, x_tile += 4 * kTileTokens) {
     const __m512i a = load_bytes(codes), b = load_bytes(codes2);
 #pragma GCC unroll 6
@@ -87,7 +87,7 @@ void gemm_pair(const uint8_t* codes, const uint8_t* codes2, const int8_t* x_tile
 
 // Sums of nibbles as they lie, times 1 and 16, and of their lower bits, times 1 and 2.
 struct ScanSums {
-  Int16x32 nibble1, nibble16, bit1, bit2;
+  Int32x16 nibble1, nibble16, bit1, bit2;
 };
 
 // One nibble line: the bits of its low nibbles are bit 0 of `bits`, those of its high nibbles bit 1.
@@ -100,7 +100,7 @@ BITDISTILL_INLINE void scan_line(ScanSums& sums, __m512i nibbles, __m512i bits, 
 }
 
 void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums) {
-  Int16x32 total = {};
+  Int32x16 total = {};
   for (int group = 0; group < num_groups;) {
     const int stop = num_groups - group > kScanBlockGroups ? group + kScanBlockGroups : num_groups;
     ScanSums block = {};

@@ -7,21 +7,21 @@
 namespace bitdistill {
 namespace {
 
-BITDISTILL_INLINE void store_sums(int32_t* sums, Int8x32 v) { __builtin_memcpy(sums, &v, sizeof v); }
+BITDISTILL_INLINE void store_sums(int32_t* sums, Int32x8 v) { __builtin_memcpy(sums, &v, sizeof v); }
 
-// Sums are Int8x32 rather than __m256i, which GCC 12 copies before and after every vpdpbusd.
-BITDISTILL_INLINE Int8x32 multiply_add(Int8x32 sums, __m256i codes, __m256i x) {
-  return (Int8x32)_mm256_dpbusd_avx_epi32((__m256i)sums, codes, x);
+// Sums are Int32x8 rather than __m256i, which GCC 12 copies before and after every vpdpbusd.
+BITDISTILL_INLINE Int32x8 multiply_add(Int32x8 sums, __m256i codes, __m256i x) {
+  return (Int32x8)_mm256_dpbusd_avx_epi32((__m256i)sums, codes, x);
 }
 
 // Plane p as it lies, codes {0, 4^p, 2 * 4^p}: no shifts, and eight sums that do not wait for one another.
 void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* sums) {
   const __m256i masks[4] = {_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c), _mm256_set1_epi8(0x30),
                             _mm256_set1_epi8(int8_t(0xc0))};
-  Int8x32 total[2] = {};
+  Int32x8 total[2] = {};
   for (int line = 0; line < num_lines;) {
     const int stop = num_lines - line > kGemvBlockLines ? line + kGemvBlockLines : num_lines;
-    Int8x32 low[4] = {}, high[4] = {};
+    Int32x8 low[4] = {}, high[4] = {};
     for (; line < stop; ++line, lines += kLineBytes, x += kLineK) {
       prefetch_ahead(lines, kLineBytes);
       const __m256i a = load_bytes(lines), b = load_bytes(lines + 32);
@@ -41,7 +41,7 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
 
 // 12 sums of 6 tokens x 16 rows, 2 registers of codes and one of activations: 15 of 16.
 void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* sums) {
-  Int8x32 low[kTileTokens] = {}, high[kTileTokens] = {};
+  Int32x8 low[kTileTokens] = {}, high[kTileTokens] = {};
   for (; steps > 0; --steps, codes += 4 * kPanelRows, x_tile += 4 * kTileTokens) {
     const __m256i a = load_bytes(codes), b = load_bytes(codes + 32);
 #pragma GCC unroll 6
@@ -60,7 +60,7 @@ void gemm_tile(const uint8_t* codes, const int8_t* x_tile, int steps, int32_t* s
 
 // Sums for 8 rows: of nibbles as they lie, times 1 and 16, and of their lower bits, times 1 and 2.
 struct ScanSums {
-  Int8x32 nibble1, nibble16, bit1, bit2;
+  Int32x8 nibble1, nibble16, bit1, bit2;
 };
 
 // One nibble line of 8 rows: the bits of its low nibbles are bit 0 of `bits`, those of its high nibbles bit 1.
@@ -72,12 +72,12 @@ BITDISTILL_INLINE void scan_line(ScanSums& sums, __m256i nibbles, __m256i bits, 
   sums.bit2 = multiply_add(sums.bit2, _mm256_and_si256(bits, _mm256_set1_epi8(2)), x_high);
 }
 
-BITDISTILL_INLINE Int8x32 scan_total(const ScanSums& sums) {
+BITDISTILL_INLINE Int32x8 scan_total(const ScanSums& sums) {
   return 2 * sums.nibble1 + (sums.nibble16 >> 3) + sums.bit1 + (sums.bit2 >> 1);
 }
 
 void scan_panel(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums) {
-  Int8x32 total[2] = {};
+  Int32x8 total[2] = {};
   for (int group = 0; group < num_groups;) {
     const int stop = num_groups - group > kScanBlockGroups ? group + kScanBlockGroups : num_groups;
     ScanSums low = {}, high = {};

@@ -15,9 +15,9 @@ void finish(const int32_t* sums, int tokens, const int32_t* sum_x, const float* 
     const Float8 scale = all8(scale_x[t]);
     const int32_t sum = sum_x[t];
     for (int half = 0; half < kPanelRows; half += 8) {
-      Int8x32 integers;
+      Int32x8 integers;
       __builtin_memcpy(&integers, sums + half, sizeof integers);
-      integers -= Int8x32{sum, sum, sum, sum, sum, sum, sum, sum};
+      integers -= Int32x8{sum, sum, sum, sum, sum, sum, sum, sum};
       Float8 values = __builtin_convertvector(integers, Float8) * (scale * load8(weight_scale + half));
       if (bias != nullptr) values += load8(bias + half);
       if (add) values += load8(y + half);
@@ -46,20 +46,20 @@ void rms_norm(const float* x, const float* weight, float offset, float eps, int 
 
 // The nearest integer, half to even. As an instruction where there is one: a compiler may fuse the product before an
 // addition, which rounds once and elsewhere.
-BITDISTILL_INLINE Int8x32 round8(Float8 x) {
+BITDISTILL_INLINE Int32x8 round8(Float8 x) {
 #if defined(__AVX2__)
-  return (Int8x32)_mm256_cvtps_epi32((__m256)x);
+  return (Int32x8)_mm256_cvtps_epi32((__m256)x);
 #elif defined(__ARM_NEON)
   int32x4_t halves[2];
   float32x4_t parts[2];
   __builtin_memcpy(parts, &x, sizeof parts);
   for (int i = 0; i < 2; ++i) halves[i] = vcvtnq_s32_f32(parts[i]);
-  Int8x32 result;
+  Int32x8 result;
   __builtin_memcpy(&result, halves, sizeof result);
   return result;
 #else
   const Float8 magic = all8(12582912.0f);
-  return (Int8x32)(x + magic) - (Int8x32)magic;
+  return (Int32x8)(x + magic) - (Int32x8)magic;
 #endif
 }
 
@@ -67,19 +67,19 @@ BITDISTILL_INLINE Int8x32 round8(Float8 x) {
 // for one another.
 float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
   const int32_t no_sign = 0x7fffffff, infinity = 0x7f800000;
-  const Int8x32 floor = (Int8x32)all8(1e-5f);
-  const Int8x32 mask = {no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign};
-  Int8x32 largest[4] = {floor, floor, floor, floor};
+  const Int32x8 floor = (Int32x8)all8(1e-5f);
+  const Int32x8 mask = {no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign, no_sign};
+  Int32x8 largest[4] = {floor, floor, floor, floor};
   int i = 0;
   for (; i + 32 <= n; i += 32) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Int8x32 bits = (Int8x32)load8(x + i + 8 * j) & mask;
+      const Int32x8 bits = (Int32x8)load8(x + i + 8 * j) & mask;
       largest[j] = bits > largest[j] ? bits : largest[j];
     }
   }
   for (; i < n; i += 8) {
-    const Int8x32 bits = (Int8x32)(i + 8 <= n ? load8(x + i) : load_some(x + i, n - i)) & mask;
+    const Int32x8 bits = (Int32x8)(i + 8 <= n ? load8(x + i) : load_some(x + i, n - i)) & mask;
     largest[0] = bits > largest[0] ? bits : largest[0];
   }
   for (int j = 1; j < 4; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
@@ -93,13 +93,13 @@ float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
   float absmax;
   __builtin_memcpy(&absmax, &bits, sizeof absmax);
   const float inverse = 127.0f / absmax;
-  Int8x32 sums = {0, 0, 0, 0, 0, 0, 0, 0};
+  Int32x8 sums = {0, 0, 0, 0, 0, 0, 0, 0};
 #ifdef __AVX2__
   for (i = 0; i + 32 <= n; i += 32) {
     __m256i q[4];
     for (int j = 0; j < 4; ++j) {
       q[j] = _mm256_cvtps_epi32((__m256)(load8(x + i + 8 * j) * all8(inverse)));
-      sums += (Int8x32)q[j];
+      sums += (Int32x8)q[j];
     }
     const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
     const __m256i bytes = _mm256_packs_epi16(low, high);
@@ -111,7 +111,7 @@ float quantize(const float* x, int n, int8_t* x_int8, int32_t* sum) {
 #endif
   for (; i < n; i += 8) {
     const int count = n - i < 8 ? n - i : 8;
-    const Int8x32 q = round8((count == 8 ? load8(x + i) : load_some(x + i, count)) * all8(inverse));
+    const Int32x8 q = round8((count == 8 ? load8(x + i) : load_some(x + i, count)) * all8(inverse));
     sums += q;
     for (int j = 0; j < count; ++j) x_int8[i + j] = int8_t(q[j]);
   }
@@ -170,29 +170,29 @@ void store_key_value(const KeyValueHead& head, const float* key, const float* va
 }
 
 // Eight dwords: dword j holds bit j of each byte of `dword`, that is k = 4 j .. 4 j + 3 of a group of 32.
-BITDISTILL_INLINE Int8x32 spread_bits(const uint8_t* dword) {
+BITDISTILL_INLINE Int32x8 spread_bits(const uint8_t* dword) {
   int32_t bits;
   __builtin_memcpy(&bits, dword, 4);
-  const Int8x32 all = {bits, bits, bits, bits, bits, bits, bits, bits}, shifts = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Int32x8 all = {bits, bits, bits, bits, bits, bits, bits, bits}, shifts = {0, 1, 2, 3, 4, 5, 6, 7};
   const int32_t one = 0x01010101;
-  return (all >> shifts) & Int8x32{one, one, one, one, one, one, one, one};
+  return (all >> shifts) & Int32x8{one, one, one, one, one, one, one, one};
 }
 
 void decode_row(const uint8_t* scan_panel, int r, const uint8_t* next, const uint8_t* rest, int num_groups,
                 int8_t* w_int8) {
   const int32_t nibble = 0x0f0f0f0f, zero = int32_t(0x80808080);
-  const Int8x32 nibbles = {nibble, nibble, nibble, nibble, nibble, nibble, nibble, nibble};
-  const Int8x32 zeros = {zero, zero, zero, zero, zero, zero, zero, zero}, shifts = {0, 4, 0, 4, 0, 4, 0, 4};
+  const Int32x8 nibbles = {nibble, nibble, nibble, nibble, nibble, nibble, nibble, nibble};
+  const Int32x8 zeros = {zero, zero, zero, zero, zero, zero, zero, zero}, shifts = {0, 4, 0, 4, 0, 4, 0, 4};
   for (int group = 0; group < num_groups; ++group) {
-    typedef int32_t Int4x32 __attribute__((vector_size(16)));
+    typedef int32_t Int32x4 __attribute__((vector_size(16)));
     int32_t n[4];
     for (int i = 0; i < 4; ++i) __builtin_memcpy(n + i, scan_panel + i * kLineBytes + 4 * r, 4);
-    const Int4x32 lines = {n[0], n[1], n[2], n[3]};
-    const Int8x32 high = (__builtin_shufflevector(lines, lines, 0, 0, 1, 1, 2, 2, 3, 3) >> shifts) & nibbles;
-    const Int8x32 bit = spread_bits(scan_panel + 4 * kLineBytes + 4 * r);
-    const Int8x32 low = spread_bits(next) << 2 | spread_bits(rest + 4) << 1 | spread_bits(rest);
-    const Int8x32 u = high << 4 | bit << 3 | low;
-    const Int8x32 w = u ^ zeros;  // u - 128 as a signed byte
+    const Int32x4 lines = {n[0], n[1], n[2], n[3]};
+    const Int32x8 high = (__builtin_shufflevector(lines, lines, 0, 0, 1, 1, 2, 2, 3, 3) >> shifts) & nibbles;
+    const Int32x8 bit = spread_bits(scan_panel + 4 * kLineBytes + 4 * r);
+    const Int32x8 low = spread_bits(next) << 2 | spread_bits(rest + 4) << 1 | spread_bits(rest);
+    const Int32x8 u = high << 4 | bit << 3 | low;
+    const Int32x8 w = u ^ zeros;  // u - 128 as a signed byte
     __builtin_memcpy(w_int8, &w, sizeof w);
     scan_panel += kScanGroupBytes;
     next += kNextGroupBytes;
@@ -202,12 +202,12 @@ void decode_row(const uint8_t* scan_panel, int r, const uint8_t* next, const uin
 }
 
 int32_t next_dot(const uint8_t* next, int num_groups, const int8_t* x) {
-  Int8x32 sums = {0, 0, 0, 0, 0, 0, 0, 0};
+  Int32x8 sums = {0, 0, 0, 0, 0, 0, 0, 0};
   for (int group = 0; group < num_groups; ++group, next += kNextGroupBytes, x += kGroupK) {
-    const Int8x32 codes = spread_bits(next);
+    const Int32x8 codes = spread_bits(next);
 #ifdef __AVX2__
     const __m256i products = _mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i*)x));
-    sums += (Int8x32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+    sums += (Int32x8)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
 #else
     typedef int8_t Bytes32 __attribute__((vector_size(32)));
     const Bytes32 bytes = (Bytes32)codes;

@@ -15,7 +15,7 @@ namespace {
 #define BITDISTILL_INLINE static inline __attribute__((always_inline))
 
 typedef float Float8 __attribute__((vector_size(32)));
-typedef int32_t Int8x32 __attribute__((vector_size(32)));
+typedef int32_t Int32x8 __attribute__((vector_size(32)));
 typedef float Float8Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
 BITDISTILL_INLINE Float8 load8(const float* x) { return *reinterpret_cast<const Float8Unaligned*>(x); }
@@ -89,8 +89,8 @@ BITDISTILL_INLINE Float8 exp8(Float8 x) {
   p = p * r + all8(1.6666665459e-1f);
   p = p * r + all8(5.0000001201e-1f);
   p = p * (r * r) + r + all8(1.0f);
-  const Int8x32 exponent = ((Int8x32)shifted - (Int8x32)magic) << 23;
-  const Float8 result = (Float8)((Int8x32)p + exponent);
+  const Int32x8 exponent = ((Int32x8)shifted - (Int32x8)magic) << 23;
+  const Float8 result = (Float8)((Int32x8)p + exponent);
   const Float8 positive = x < all8(-87.3365402f) ? all8(0.0f) : result;
   return x == x ? positive : x;  // NaN
 }
