@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 TORCH_OPTIONS ?=
 # optional dependencies to install, as pip writes them; the training image has none
 EXTRAS ?= [dev]
+CPP := $(foreach folder,bitdistill_core/engine/native tests/native,$(wildcard $(folder)/*.h $(folder)/*.cpp))
 STAMP := $(VENV)/.installed$(subst [,-,$(subst ],,$(EXTRAS)))
 
 .PHONY: help demo test setup lint clean
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed$(subst [,-,$(subst ],,$(EXTRAS)))
 help:
 	@echo "make demo   convert the demo model and print where the report is"
 	@echo "make test   run the test suite"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and the length of C++ lines"
 	@echo "make clean  remove the environment, the build and the demo's run"
 
 demo: setup
@@ -27,6 +28,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 characters"; found = 1 } END { exit found }' $(CPP)
 
 setup: $(STAMP)
 

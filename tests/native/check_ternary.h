@@ -55,7 +55,8 @@ void check_ternary(Checker& checker, int num_lines, int pattern) {
   kernels.gemm_pair(expected_codes, codes2, x_tile, k / 4, pair_sums);
   checker.same(pair_sums.data, expected_sums, tile_sums.size, "sums of the first", num_lines, pattern);
   expected.gemm_tile(codes2, x_tile, k / 4, expected_sums);
-  checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines, pattern);
+  checker.same(pair_sums.data + tile_sums.size, expected_sums, tile_sums.size, "sums of the second", num_lines,
+               pattern);
 }
 
 // Groups of base 3, of random values or of one; all values, [group][8][64].
@@ -115,7 +116,8 @@ void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
     tables.add(names + std::size_t(block) * 2 * kBlockNames, table, (here + 2) / 3 * 4, partial);
     largest += more;
     for (std::size_t i = 0; i < partial.size; ++i) {
-      checker.check(std::abs(int(partial[i])) <= largest, "size=%d pattern=%d: a partial sum above its bound", num_lines, pattern);
+      checker.check(std::abs(int(partial[i])) <= largest, "size=%d pattern=%d: a partial sum above its bound",
+                    num_lines, pattern);
     }
   }
   tables.flush(partial, sums);

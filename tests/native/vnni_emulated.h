@@ -1,6 +1,6 @@
-// The AVX-VNNI and AVX-512 intrinsics of avx_vnni.cpp, avx512_vnni.cpp and avx512_vbmi.cpp in software, so that tests can run those very
-// sources on any x86-64 processor with AVX2: g++ -mavx2 -mfma -mf16c -include vnni_emulated.h. Plain loops after the
-// vendor's description of each instruction. The compiler makes two 256-bit registers of every __m512i.
+// The AVX-VNNI and AVX-512 intrinsics of avx_vnni.cpp, avx512_vnni.cpp and avx512_vbmi.cpp in software, so that tests
+// can run those very sources on any x86-64 processor with AVX2: g++ -mavx2 -mfma -mf16c -include vnni_emulated.h. Plain
+// loops after the vendor's description of each instruction. The compiler makes two 256-bit registers of every __m512i.
 //
 // Their tables are renamed, so that a program can hold them beside the real ones.
 #pragma once

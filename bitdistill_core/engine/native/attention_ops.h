@@ -154,8 +154,8 @@ BITDISTILL_INLINE void add_columns(const AttentionTile& tile, const T* values, c
   }
 }
 
-// Adds the values of the positions [begin, end), by their weights, to the rows' outputs, or sets those where `is_first`;
-// then multiplies each row by its scale.
+// Adds the values of the positions [begin, end), by their weights, to the rows' outputs, or sets those where
+// `is_first`; then multiplies each row by its scale.
 template <int ROWS, class T>
 void add_values(const AttentionTile& tile, int begin, int end, bool is_first, const float* scale) {
   const float* weights[ROWS];
@@ -172,10 +172,12 @@ void add_values(const AttentionTile& tile, int begin, int end, bool is_first, co
 // By the number of a tile's rows.
 template <class T>
 constexpr void (*kScoreRows[])(const AttentionTile&, int, int) = {
-    nullptr, score_rows<1, T>, score_rows<2, T>, score_rows<3, T>, score_rows<4, T>, score_rows<5, T>, score_rows<6, T>};
+    nullptr,          score_rows<1, T>, score_rows<2, T>, score_rows<3, T>,
+    score_rows<4, T>, score_rows<5, T>, score_rows<6, T>};
 template <class T>
 constexpr void (*kAddValues[])(const AttentionTile&, int, int, bool, const float*) = {
-    nullptr, add_values<1, T>, add_values<2, T>, add_values<3, T>, add_values<4, T>, add_values<5, T>, add_values<6, T>};
+    nullptr,          add_values<1, T>, add_values<2, T>, add_values<3, T>,
+    add_values<4, T>, add_values<5, T>, add_values<6, T>};
 
 // Asks for share i of `count` of the positions [begin, end), as far as there are any before `stop`.
 BITDISTILL_INLINE void prefetch_share(const void* data, std::size_t bytes, int begin, int end, int stop, int i,

@@ -50,7 +50,8 @@ void gemv_panel(const uint8_t* lines, int num_lines, const int8_t* x, int32_t* s
 }
 
 // One step of 4 k for one token: its dword in every lane, times 8 + 8 rows. Compilers spill accumulators out of the
-// equivalent intrinsics, so the 16 registers are given by hand: 0-11 sums of 6 tokens x 16 rows, 12-13 codes, 14-15 free.
+// equivalent intrinsics, so the 16 registers are given by hand: 0-11 sums of 6 tokens x 16 rows, 12-13 codes,
+// 14-15 free.
 #define BITDISTILL_TOKEN(offset, low, high)        \
   "vpbroadcastd " offset "(%[x]), %%ymm14\n"        \
   "vpmaddubsw %%ymm14, %%ymm12, %%ymm15\n"          \

@@ -1,10 +1,10 @@
-// Base 3 as it lies in the file, in AVX2: vpshufb looks sums of three activations up, instead of multiplying. Compiled with
-// the flags of avx2.cpp, for its table and those of the processors that have more than AVX2 but no AVX-512 VBMI.
+// Base 3 as it lies in the file, in AVX2: vpshufb looks sums of three activations up, instead of multiplying. Compiled
+// with the flags of avx2.cpp, for its table and those of the processors that have more than AVX2 but no AVX-512 VBMI.
 //
 // A value is a sign and a magnitude. For the three columns of a triple, the 14 magnitudes have 14 sums of activations,
 // which fit a lane of vpshufb, whose every byte finds a row's sum; vpsignb gives it the row's sign. A sum T, at most
-// 384, takes two bytes: T = 31 high + low. Eight triples add up in bytes, and ten times eight in int16, before they must
-// be widened: |low| <= 15, |high| <= 12, and 10 * 8 * 384 = 30,720.
+// 384, takes two bytes: T = 31 high + low. Eight triples add up in bytes, and ten times eight in int16, before they
+// must be widened: |low| <= 15, |high| <= 12, and 10 * 8 * 384 = 30,720.
 #include "avx2_bytes.h"
 
 namespace bitdistill {
@@ -44,7 +44,8 @@ BITDISTILL_INLINE __m256i both_lanes(const void* bytes) {
 // Column `first` of 12 in the low lane and the next in the high lane, int16 in every place.
 BITDISTILL_INLINE __m256i columns_of(__m256i twelve, int first) {
   // a byte of `twelve` to the upper half of a place, 0 to the lower one
-  const __m128i column = _mm_set1_epi16(int16_t(first << 8 | 0x80)), next = _mm_set1_epi16(int16_t((first + 1) << 8 | 0x80));
+  const __m128i column = _mm_set1_epi16(int16_t(first << 8 | 0x80));
+  const __m128i next = _mm_set1_epi16(int16_t((first + 1) << 8 | 0x80));
   return _mm256_srai_epi16(_mm256_shuffle_epi8(twelve, _mm256_set_m128i(next, column)), 8);
 }
 
@@ -97,7 +98,8 @@ void avx2_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* lookup
   while (num_groups > 0) {
     const int count = num_groups < kFlushGroups ? num_groups : kFlushGroups;
     num_groups -= count;
-    __m256i partial[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};  // rows 0 to 7, 8 to 15; a column in each lane
+    // rows 0 to 7, 8 to 15; a column in each lane
+    __m256i partial[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int group = 0; group < count; ++group, groups += kBase3Bytes, lookups += kLookupBytes) {
       prefetch_ahead(groups, kBase3Bytes);
 #pragma GCC unroll 2

@@ -7,7 +7,8 @@
 namespace bitdistill {
 namespace {
 
-// Codes of a triple's three steps, 8 rows x 4 columns, to 4 (c0 + 3 c1 + 9 c2): an eighth of what a row adds to `tables`.
+// Codes of a triple's three steps, 8 rows x 4 columns, to 4 (c0 + 3 c1 + 9 c2):
+// an eighth of what a row adds to `tables`.
 BITDISTILL_INLINE __m256i name_of(__m256i c0, __m256i c1, __m256i c2) {
   const __m256i high = _mm256_add_epi8(c1, _mm256_add_epi8(c2, _mm256_add_epi8(c2, c2)));
   const __m256i name = _mm256_add_epi8(c0, _mm256_add_epi8(high, _mm256_add_epi8(high, high)));
@@ -44,7 +45,8 @@ BITDISTILL_INLINE void name_steps(const uint8_t* lines, int first, int num_steps
 // The eight triples of steps of a group of base 3 to to_of(0) ... to_of(7).
 template <class ToOf>
 BITDISTILL_INLINE void name_group(const uint8_t* group, ToOf&& to_of) {
-  const __m256i slots = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15));
+  const __m256i slots =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15));
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     for_values(group, half, [&](int i, __m256i magnitudes, __m256i signs) __attribute__((always_inline)) {

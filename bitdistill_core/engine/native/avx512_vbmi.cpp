@@ -1,12 +1,12 @@
-// Base 3 as it lies in the file, for the second table of avx512_vnni.cpp: vpermb looks 64 codes up at once. Compiled with
-// -mavx512vbmi beside the flags of that file, and called only where the processor has it.
+// Base 3 as it lies in the file, for the second table of avx512_vnni.cpp: vpermb looks 64 codes up at once. Compiled
+// with -mavx512vbmi beside the flags of that file, and called only where the processor has it.
 #include "avx512_bytes.h"
 
 namespace bitdistill {
 namespace {
 
-// The three codes of a value, for vpermb, which looks at six bits of a byte: the magnitude in the lower four and, as the
-// sign, bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
+// The three codes of a value, for vpermb, which looks at six bits of a byte: the magnitude in the lower four and, as
+// the sign, bit 4 for even values, bit 5 for odd ones; the other one may be anything. So one shift does for two values.
 struct CodeTables {
   uint8_t codes[2][3][64];
 };
@@ -44,7 +44,9 @@ BITDISTILL_INLINE void for_steps(const uint8_t* group, Take&& take) {
     const __m512i value = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, fifths, 0xca);
     const __m512i index = _mm512_permutexvar_epi8(load_bytes(kTransposed.from), value);
     const auto& tables = kCodes.codes[i % 2];
-    for (int place = 0; place < 3; ++place) take(3 * i + place, _mm512_permutexvar_epi8(index, load_bytes(tables[place])));
+    for (int place = 0; place < 3; ++place) {
+      take(3 * i + place, _mm512_permutexvar_epi8(index, load_bytes(tables[place])));
+    }
   };
   const auto line = [&](int i, __m512i fifths) {
     const __m512i nibbles = load_bytes(group + i * kLineBytes);

@@ -52,7 +52,8 @@ template <class OnGroup, class OnLines>
 void for_parts(const Linear& linear, OnGroup&& on_group, OnLines&& on_lines) {
   const std::size_t group_bytes = std::size_t(linear.block_groups()) * kBase3Bytes;
   const uint8_t* block = linear.codes;
-  for (std::size_t i = 0; i < std::size_t(linear.num_panels()) * linear.num_blocks; ++i, block += linear.block_bytes()) {
+  for (std::size_t i = 0; i < std::size_t(linear.num_panels()) * linear.num_blocks;
+       ++i, block += linear.block_bytes()) {
     for (int group = 0; group < linear.block_groups(); ++group) on_group(block + std::size_t(group) * kBase3Bytes);
     on_lines(block + group_bytes, linear.block_bytes() - group_bytes);
   }

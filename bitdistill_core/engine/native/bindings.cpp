@@ -49,7 +49,8 @@ NumPy<float> new_matrix(std::size_t rows, std::size_t columns) {
   return NumPy<float>(data, {rows, columns}, owner);
 }
 
-// N and K are those of the matrix; `codes` are (num_panels, num_lines, 64) of two bits or (num_panels, bytes) of base 3.
+// N and K are those of the matrix; `codes` are (num_panels, num_lines, 64) of two bits or
+// (num_panels, bytes) of base 3.
 Linear codes_of(const Codes& codes, int n, int k, int num_blocks) {
   return Linear(codes.data(), n, k, num_blocks, codes.ndim() == 2);
 }
@@ -166,7 +167,8 @@ class PackedModel {
     return logits;
   }
 
-  std::pair<std::vector<std::pair<int, float>>, std::pair<int, int>> top(const Array<const float, 2>& hidden, int count) {
+  std::pair<std::vector<std::pair<int, float>>, std::pair<int, int>> top(const Array<const float, 2>& hidden,
+                                                                         int count) {
     const float* from = hidden.data();
     std::vector<std::pair<int, float>> result;
     HeadStatistics statistics;
@@ -276,11 +278,13 @@ NB_MODULE(_native, module) {
   module.def("ternary_linear", &ternary_linear, nb::arg("x").noconvert(), nb::arg("codes").noconvert(),
              nb::arg("weight_scale").noconvert(), nb::arg("out").noconvert(), nb::arg("kernel"), nb::arg("num_threads"),
              "Fills out (T, padded N) with the products of x (T, K), quantised token by token, and scaled weights.");
-  module.def("streams_base3", &streams_base3, nb::arg("kernel"), "Whether a kernel reads base 3 as it lies in the file.");
+  module.def("streams_base3", &streams_base3, nb::arg("kernel"),
+             "Whether a kernel reads base 3 as it lies in the file.");
   module.def("is_sound", &are_sound, nb::arg("codes").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("num_blocks"),
              "Whether the codes of (N, K) weights are all ternary.");
   module.def("expand_base3", &expand, nb::arg("w_base3").noconvert(), nb::arg("num_blocks"),
-             nb::arg("w_packed").noconvert(), nb::arg("k"), "Fills w_packed (N/16, K/16, 64) with the codes of w_base3.");
+             nb::arg("w_packed").noconvert(), nb::arg("k"),
+             "Fills w_packed (N/16, K/16, 64) with the codes of w_base3.");
   nb::class_<KeyValueCache>(module, "KeyValueCache")
       .def_ro("capacity", &KeyValueCache::capacity)
       .def_rw("length", &KeyValueCache::length)

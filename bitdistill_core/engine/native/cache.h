@@ -33,8 +33,8 @@ class KeyValueCache {
   std::unique_ptr<uint8_t, Free> data_;
 };
 
-// Asks for the last keys of the positions [first, last) of a head, and for some kilobytes of keys and values from `first` on:
-// the weights that were read since the last token have pushed them out of the caches.
+// Asks for the last keys of the positions [first, last) of a head, and for some kilobytes of keys and values from
+// `first` on: the weights that were read since the last token have pushed them out of the caches.
 void prefetch_head(const KeyValueHead& head, int first, int last, int head_dim);
 
 // Copies the first `length` positions of a head, float32. The last block may already hold later positions of `to`.

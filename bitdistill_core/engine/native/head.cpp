@@ -34,7 +34,8 @@ bool read_file(int file, uint64_t offset, std::size_t size, uint8_t* out) {
 }
 
 void require(bool read) {
-  if (!read) throw std::invalid_argument("the packed file cannot be read any more: it was truncated or its disk failed");
+  if (read) return;
+  throw std::invalid_argument("the packed file cannot be read any more: it was truncated or its disk failed");
 }
 
 void read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scratch, int8_t* w_int8, float* scale) {
@@ -43,7 +44,8 @@ void read_row(const Kernels& kernels, const Int8Rows& rows, int v, uint8_t* scra
   require(read_file(rows.file, rows.scan_offset + panel, rows.panel_bytes(), scratch) &&
           read_file(rows.file, rows.next_offset + v * rows.next_bytes(), rows.next_bytes(), next) &&
           read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest) &&
-          read_file(rows.file, rows.scale_offset + v * sizeof(float), sizeof(float), reinterpret_cast<uint8_t*>(scale)));
+          read_file(rows.file, rows.scale_offset + v * sizeof(float), sizeof(float),
+                    reinterpret_cast<uint8_t*>(scale)));
   kernels.decode_row(scratch, v % kPanelRows, next, rest, rows.num_groups(), w_int8);
 }
 
@@ -198,7 +200,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
     for (int r = count; r < kPanelRows; ++r) values[r] = bounds[r] = -INFINITY;
   };
   const auto prefetch_bounds = [&](int panel) {
-    for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) __builtin_prefetch(row + panel * kPanelRows);
+    for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) {
+      __builtin_prefetch(row + panel * kPanelRows);
+    }
   };
   const auto largest_of = [](const float* values) {
     float largest[4] = {values[0], values[1], values[2], values[3]};
@@ -237,8 +241,8 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   std::atomic<bool> is_read{true}, is_finite{true};
   const auto exact = [&](int v, uint8_t* rest, int8_t* w_int8) {
     if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
-    kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, rows.next + v * rows.next_bytes(),
-                       rest, rows.num_groups(), w_int8);
+    kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows,
+                       rows.next + v * rows.next_bytes(), rest, rows.num_groups(), w_int8);
     const float logit = kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v] + whole.shared;
     if (!std::isfinite(logit)) is_finite = false;
     return logit;
@@ -256,9 +260,9 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
   for (const Candidate& guess : guesses) guessed.push_back(guess.id);
   std::sort(guessed.begin(), guessed.end());
 
-  // 3. Every other row that may reach the floor: its next bit. q . w = 4 q . (u >> 2) + q . (u & 3) - 128 sum q, with 1.5
-  //    for the lowest two bits. Twice that is an integer. If it still may, the same with x in the place of a q, and if
-  //    it still may, float32.
+  // 3. Every other row that may reach the floor: its next bit. q . w = 4 q . (u >> 2) + q . (u & 3) - 128 sum q, with
+  //    1.5 for the lowest two bits. Twice that is an integer. If it still may, the same with x in the place of a q, and
+  //    if it still may, float32.
   const uint32_t next_middle = uint32_t((3 - 256) * query.sum);
   const std::vector<uint8_t> no_rest(rows.rest_bytes());
   const float middle_x = float(1.5 * query.sum_x), per_next_error = float(query.norm * (1 + 1e-6));

@@ -8,8 +8,8 @@
 namespace bitdistill {
 
 // Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layouts of panels.py; u = w_int8 + 128. Arrays of rows
-// are mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale, are
-// read from the file, so that they never count as memory of the process.
+// are mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale,
+// are read from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const uint8_t* next = nullptr;
@@ -59,10 +59,10 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
 // The `count` largest logits of x, exactly as all_logits has them, largest first, ties by the lowest id; none where a
 // logit that it computes is not finite.
 //
-// x times the column scales = a q + e with q INT8. The upper five bits of all rows give q . w to within the Cauchy-Schwarz
-// bound of what they leave out; rows that may still be among the largest get their next bit, which halves the bound, and
-// then lose the error of q as well; the few that remain are read whole and computed in float32. The bounds are proven, so
-// the result never depends on luck.
+// x times the column scales = a q + e with q INT8. The upper five bits of all rows give q . w to within the
+// Cauchy-Schwarz bound of what they leave out; rows that may still be among the largest get their next bit, which
+// halves the bound, and then lose the error of q as well; the few that remain are read whole and computed in float32.
+// The bounds are proven, so the result never depends on luck.
 std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* x, int count,
                                 HeadStatistics* statistics);
 

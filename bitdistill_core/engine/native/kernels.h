@@ -22,8 +22,8 @@ __attribute__((always_inline)) inline void prefetch_ahead(const void* stream, in
 
 enum class Activation { kSilu, kGeluTanh };
 
-// Keys and values of one head of one layer of one sequence. `key` is (capacity / 16, head_dim, 16): 16 positions side by
-// side, so that scores need no horizontal sums; `value` is (capacity, value_stride).
+// Keys and values of one head of one layer of one sequence. `key` is (capacity / 16, head_dim, 16): 16 positions side
+// by side, so that scores need no horizontal sums; `value` is (capacity, value_stride).
 struct KeyValueHead {
   void* key;
   void* value;
@@ -66,8 +66,8 @@ struct TableKernels {
   // A panel is groups of base 3, none in a file of two bits, and lines.
   void (*name_triples)(const uint8_t* panel, int num_groups, int num_lines, uint8_t* names, std::size_t stride);
 
-  // (triples, 27, 16) of steps of a tile of kTableTokens tokens, at most a block. Returns the largest that a partial sum
-  // of these triples can be, the sum of |x| of a token.
+  // (triples, 27, 16) of steps of a tile of kTableTokens tokens, at most a block. Returns the largest that a partial
+  // sum of these triples can be, the sum of |x| of a token.
   int (*build)(const int8_t* x_tile, int num_steps, int16_t* tables);
 
   // Adds `count` triples of a panel, a multiple of 4, to its partial sums (16, 16). Tables and sums lie on 32-byte
@@ -99,8 +99,8 @@ struct Kernels {
   void (*gemv_base3)(const uint8_t* groups, int num_groups, const int8_t* x, int32_t* sums);
   void (*unpack_base3)(const uint8_t* groups, int num_groups, uint8_t* codes);
 
-  // What gemv_base3 reads in the place of x, once for all panels: lookup_bytes of it, on a 32-byte address. Null where it
-  // reads x itself.
+  // What gemv_base3 reads in the place of x, once for all panels: lookup_bytes of it, on a 32-byte address. Null where
+  // it reads x itself.
   void (*prepare_base3)(const int8_t* x, int num_groups, int8_t* lookups);
 
   // sums[t][r] = sum over k of code[r][k] * x[t][k] for an unpacked panel and a tile of tokens. steps = K / 4.
@@ -123,8 +123,8 @@ struct Kernels {
   // out = (weight + offset) * x / sqrt(mean(x^2) + eps), n elements. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float offset, float eps, int n, float* out);
 
-  // x_int8 = round_half_even(x * 127 / absmax); absmax has a floor of 1e-5. Returns absmax / 127, and the sum of x_int8.
-  // If an element is infinite or NaN: zeros, and NaN.
+  // x_int8 = round_half_even(x * 127 / absmax); absmax has a floor of 1e-5. Returns absmax / 127, and the sum of
+  // x_int8. If an element is infinite or NaN: zeros, and NaN.
   float (*quantize)(const float* x, int n, int8_t* x_int8, int32_t* sum);
 
   // gate = act(gate) * up

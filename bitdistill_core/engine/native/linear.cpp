@@ -74,8 +74,8 @@ void tile_sums(const Kernels& kernels, const uint8_t* codes, int num_panels, std
   kernels.gemm_pair(codes, codes + panel_codes, x_tile, steps, sums);
 }
 
-// One panel or a pair of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile is
-// called after each.
+// One panel or a pair of a product for many tokens, a tile at a time to out_of(first token) with `stride`; after_tile
+// is called after each.
 template <class OutOf, class AfterTile>
 void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& product, int panel, int num_panels,
                  std::size_t stride, OutOf&& out_of, AfterTile&& after_tile) {
@@ -94,11 +94,12 @@ void tile_panels(const Kernels& kernels, Scratch& scratch, const Product& produc
     }
     const int first = tile * kTileTokens, tokens = std::min(kTileTokens, x.num_tokens - first);
     const int8_t* x_tile = x.x_int8.data() + std::size_t(first) * x.padded_k;
-    add_blocks(kernels, product, panel, num_panels, first, tokens, out_of(first), stride, [&](int block, int32_t* sums) {
+    const auto integer_sums = [&](int block, int32_t* sums) {
       const std::size_t first_k = std::size_t(block) * block_k;
       tile_sums(kernels, codes + first_k * kPanelRows, num_panels, panel_codes, x_tile + first_k * kTileTokens,
                 block_k / 4, sums);
-    });
+    };
+    add_blocks(kernels, product, panel, num_panels, first, tokens, out_of(first), stride, integer_sums);
     after_tile(first, tokens);
   }
 }
@@ -319,7 +320,8 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
   }
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  team.run_through(num_panels, piece_of(num_panels, team.num_threads(), kPiecePanels), [&](int first, int last, int thread) {
+  const int piece = piece_of(num_panels, team.num_threads(), kPiecePanels);
+  team.run_through(num_panels, piece, [&](int first, int last, int thread) {
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
       if (first < own) multiply_panels(kernels, scratch[thread], *product, first, std::min(own, last));
@@ -364,7 +366,8 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
   if (gate.x->for_tables()) return multiply_gated_by_tables(team, kernels, scratch, gate, up, activation);
   const int num_tokens = gate.x->num_tokens;
   const int num_panels = gate.linear->num_panels();
-  team.run_through(num_panels, piece_of(num_panels, team.num_threads(), kGatedPiecePanels), [&](int begin, int end, int thread) {
+  const int piece = piece_of(num_panels, team.num_threads(), kGatedPiecePanels);
+  team.run_through(num_panels, piece, [&](int begin, int end, int thread) {
     float* const up_tile = scratch[thread].up.get(kTileTokens * kPairRows);
     const auto finish = [&](int panel, int num_panels, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {

@@ -41,9 +41,9 @@ inline int round_up(int value, int multiple) { return (value + multiple - 1) / m
 
 // y = (weight_scale * w_ternary) @ x + bias, x normed first where `input_norm` is given (SubLN).
 //
-// Codes are 16-row panels of two bits a weight or of base 3 (layout.h). A row is num_blocks blocks of the same number of
-// weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks, 16);
-// where scale_stride is 0, one panel's stand for all of them.
+// Codes are 16-row panels of two bits a weight or of base 3 (layout.h). A row is num_blocks blocks of the same number
+// of weights, each with a scale of its own; several blocks are of whole lines. weight_scale is (num_panels, num_blocks,
+// 16); where scale_stride is 0, one panel's stand for all of them.
 class Linear {
  public:
   Linear() = default;
@@ -101,7 +101,8 @@ struct Int8Tokens {
   void sum_blocks(int token, const int8_t* row);
 };
 
-// sums[r] = sum over k of code[r][k] * x[k] of a block of a panel, for one of few tokens; `lookups` as Scratch has them.
+// sums[r] = sum over k of code[r][k] * x[k] of a block of a panel, for one of few tokens;
+// `lookups` as Scratch has them.
 void block_sums(const Kernels& kernels, const Linear& linear, int panel, int block, const Int8Tokens& x,
                 const int8_t* lookups, int token, int32_t* sums);
 
@@ -122,7 +123,8 @@ struct Scratch {
     Buffer<int8_t> sums;    // (num_tokens, num_blocks, lookup_bytes)
     uint64_t number = 0;    // of the tokens they are of
   };
-  Lookups lookups[2];       // the last one first: where SubLN gives each linear a norm of its own, gate and up take turns
+  // The last one first: where SubLN gives each linear a norm of its own, gate and up take turns.
+  Lookups lookups[2];
 
   // The lookups of few tokens, made by each thread for itself; null where gemv_base3 reads x_int8.
   const int8_t* lookups_of(const Kernels& kernels, const Linear& linear, const Int8Tokens& x);
@@ -152,7 +154,7 @@ void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const
 // All products at once, their panels shared out over the team.
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products);
 
-// out (num_tokens, n) = w_ternary @ x, the integers alone: x is (num_tokens, k) INT8, rows are one block, and n and k are
+// out (num_tokens, n) = w_ternary @ x, the integers alone: x is (num_tokens, k) INT8, rows are one block, and n and k
 // those of whole panels and lines.
 void exact_sums(Team& team, const Kernels& kernels, const Linear& linear, const int8_t* x, int num_tokens,
                 int32_t* out);

@@ -18,7 +18,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// A packed matrix of pseudo-random codes, in base 3 where the kernels stream that, and INT8 activations to multiply it with.
+// A packed matrix of pseudo-random codes, in base 3 where the kernels stream that, and INT8 activations for it.
 struct Case {
   float weight_scale[kPanelRows];
   Buffer<uint8_t> packed;

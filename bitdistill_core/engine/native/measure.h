@@ -5,7 +5,8 @@
 
 namespace bitdistill {
 
-// 1e9 multiply-adds a second of vpmaddubsw + vpaddw on registers: what no AVX2 product of bytes can exceed. x86-64 only.
+// 1e9 multiply-adds a second of vpmaddubsw + vpaddw on registers:
+// what no AVX2 product of bytes can exceed. x86-64 only.
 double measure_multiply_add_ceiling(int num_threads, double seconds);
 
 // 1e9 bytes a second read from a block of `megabytes` (1e6 bytes).

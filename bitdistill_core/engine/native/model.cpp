@@ -10,8 +10,8 @@
 namespace bitdistill {
 namespace {
 
-// Tokens that go through a layer together: enough to share unpacked weights or named triples, few enough that the buffers
-// stay small.
+// Tokens that go through a layer together: enough to share unpacked weights or named triples, few enough that the
+// buffers stay small.
 constexpr int kChunkTokens = 16 * kTileTokens, kTableChunkTokens = 12 * kTableTokens;
 
 // Positions whose keys and values a workspace keeps between calls.
@@ -58,7 +58,8 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
   compute_angles(space, batch);
   if (cache == nullptr && (!space.layer_cache || space.layer_cache->capacity < batch.num_slots)) {
     space.layer_cache.reset();
-    space.layer_cache = std::make_unique<KeyValueCache>(1, config.num_key_value_heads, config.head_dim, batch.num_slots, false);
+    space.layer_cache =
+        std::make_unique<KeyValueCache>(1, config.num_key_value_heads, config.head_dim, batch.num_slots, false);
   }
 
   float* x = space.x.get(std::size_t(batch.num_tokens) * hidden_stride);
@@ -233,7 +234,9 @@ std::vector<Candidate> Model::top(const float* hidden, int count, HeadStatistics
 
 void Model::softcap(float* logits, std::size_t count) const {
   if (config.logit_softcap == 0) return;
-  for (std::size_t i = 0; i < count; ++i) logits[i] = std::tanh(logits[i] / config.logit_softcap) * config.logit_softcap;
+  for (std::size_t i = 0; i < count; ++i) {
+    logits[i] = std::tanh(logits[i] / config.logit_softcap) * config.logit_softcap;
+  }
 }
 
 }  // namespace bitdistill

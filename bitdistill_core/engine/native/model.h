@@ -57,7 +57,8 @@ class Model {
 
   // Final hidden states, normed, of the tokens `outputs` (indices into the concatenated segments), (outputs, hidden).
   // With a cache there is one segment, which starts at the cache's length and is added to it.
-  void forward(const std::vector<Segment>& segments, const std::vector<int>& outputs, KeyValueCache* cache, float* hidden);
+  void forward(const std::vector<Segment>& segments, const std::vector<int>& outputs, KeyValueCache* cache,
+               float* hidden);
 
   // Logits (num_hidden, num_rows) of some vocabulary rows.
   void row_logits(const float* hidden, int num_hidden, const std::vector<int>& rows, float* logits);

@@ -82,7 +82,9 @@ void scalar_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* x, i
   for (int group = 0; group < num_groups; ++group, groups += kBase3Bytes, x += kBase3K) {
     uint8_t codes[kBase3K * kPanelRows];
     scalar_unpack_base3(groups, 1, codes);
-    for (int i = 0; i < kBase3K * kPanelRows; ++i) sums[i / 4 % kPanelRows] += codes[i] * x[i / (4 * kPanelRows) * 4 + i % 4];
+    for (int i = 0; i < kBase3K * kPanelRows; ++i) {
+      sums[i / 4 % kPanelRows] += codes[i] * x[i / (4 * kPanelRows) * 4 + i % 4];
+    }
   }
 }
 

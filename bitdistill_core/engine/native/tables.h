@@ -17,7 +17,8 @@ struct PanelAt {
   int panel;
 };
 
-// In how many parts a group's panels are shared out, so that threads have the same work. Each part builds its own tables.
+// In how many parts a group's panels are shared out, so that threads have the same work. Each part builds
+// its own tables.
 inline int parts_of_group(int num_groups, int num_threads) {
   int parts = 1;
   while (parts < 4 && num_groups * parts % num_threads != 0 && num_groups * parts < 3 * num_threads) ++parts;

@@ -28,7 +28,9 @@ constexpr uint64_t kItemMask = (uint64_t(1) << kItemBits) - 1;
 uint64_t step_of(uint64_t ticket) { return ticket >> (2 * kItemBits); }
 int num_items_of(uint64_t ticket) { return int(ticket >> kItemBits & kItemMask); }
 int next_item_of(uint64_t ticket) { return int(ticket & kItemMask); }
-uint64_t make_ticket(uint64_t step, int num_items) { return step << (2 * kItemBits) | uint64_t(num_items) << kItemBits; }
+uint64_t make_ticket(uint64_t step, int num_items) {
+  return step << (2 * kItemBits) | uint64_t(num_items) << kItemBits;
+}
 
 }  // namespace
 

@@ -20,7 +20,8 @@ namespace bitdistill {
 // a thread looks out for work for some 50 microseconds, then sleeps, so a busy neighbour gets the core.
 //
 // run() may be called from several threads: while one step is shared out, another caller runs its items alone. In a
-// forked child, which has none of the threads, every caller does. What an item throws, run() throws when the step is over.
+// forked child, which has none of the threads, every caller does. What an item throws, run() throws when the step is
+// over.
 class Team {
  public:
   // Throws std::invalid_argument where the system does not start so many threads.
@@ -37,9 +38,9 @@ class Team {
     run(num_items, [](void* context, int item, int thread) { (*static_cast<Work*>(context))(item, thread); }, &work);
   }
 
-  // Calls work(begin, end, thread) for pieces of [0, count), of `piece` or fewer. Every thread goes through a run of its
-  // own from the front, one stream of memory, then through those that nobody has begun, and then takes from the ends of
-  // others: none waits long for another.
+  // Calls work(begin, end, thread) for pieces of [0, count), of `piece` or fewer. Every thread goes through a run of
+  // its own from the front, one stream of memory, then through those that nobody has begun, and then takes from the
+  // ends of others: none waits long for another.
   template <class Work>
   void run_through(int count, int piece, Work&& work);
 

@@ -1,4 +1,4 @@
-// Eight floats at once, with the compiler's vector types: what float_ops.h is written in. Static, like everything there.
+// Eight floats at once, with the compiler's vector types, for float_ops.h. Static, like everything there.
 #pragma once
 
 #include "kernels.h"
