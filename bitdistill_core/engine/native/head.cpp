@@ -6,7 +6,6 @@
 #include <cerrno>
 #include <cmath>
 #include <memory>
-#include <cstring>
 #include <stdexcept>
 
 namespace bitdistill {
@@ -158,35 +157,86 @@ void all_logits(Team& team, const Kernels& kernels, const Int8Rows& rows, const 
   require(is_read);
 }
 
-std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* hidden,
-                                int count, HeadStatistics* statistics) {
-  const int V = rows.vocab_size, num_panels = rows.num_panels();
-  const Query whole(rows, hidden);
-  const float* const x = whole.x.data();
-  const QuantizedQuery query(kernels, x, rows.padded_size());
-  if (count > kMostWanted || !(query.norm < kLargestNorm)) {
-    std::vector<float> logits(V);
-    all_logits(team, kernels, rows, hidden, 1, rows.padded_size(), logits.data());
-    if (!std::all_of(logits.begin(), logits.end(), [](float logit) { return std::isfinite(logit); })) return {};
-    std::vector<Candidate> all(V);
-    for (int v = 0; v < V; ++v) all[v] = {logits[v], v};
-    std::partial_sort(all.begin(), all.begin() + std::min(count, V), all.end(), goes_before);
-    all.resize(std::min(count, V));
-    if (statistics != nullptr) *statistics = {V, V};
-    return all;
+namespace {
+
+// top_rows without bounds.
+std::vector<Candidate> top_of_all(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* hidden,
+                                  int count, HeadStatistics* statistics) {
+  const int V = rows.vocab_size;
+  std::vector<float> logits(V);
+  all_logits(team, kernels, rows, hidden, 1, rows.padded_size(), logits.data());
+  if (!std::all_of(logits.begin(), logits.end(), [](float logit) { return std::isfinite(logit); })) return {};
+  std::vector<Candidate> all(V);
+  for (int v = 0; v < V; ++v) all[v] = {logits[v], v};
+  std::partial_sort(all.begin(), all.begin() + std::min(count, V), all.end(), goes_before);
+  all.resize(std::min(count, V));
+  if (statistics != nullptr) *statistics = {V, V};
+  return all;
+}
+
+float largest_of(const float* values) {  // of a panel
+  float largest[4] = {values[0], values[1], values[2], values[3]};
+  for (int r = 4; r < kPanelRows; ++r) largest[r % 4] = std::max(largest[r % 4], values[r]);
+  return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3]));
+}
+
+// Rows from `first` on, by their values, to a heap of the `count` best, smallest first.
+void keep_best(std::vector<Candidate>& best, int count, int first, int num_rows, const float* values) {
+  for (int r = 0; r < num_rows; ++r) {
+    if (int(best.size()) == count) {
+      if (values[r] <= best.front().logit) continue;
+      std::pop_heap(best.begin(), best.end(), goes_before);
+      best.pop_back();
+    }
+    best.push_back({values[r], first + r});
+    std::push_heap(best.begin(), best.end(), goes_before);
   }
-  const int num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
-  // 1. The upper five bits of every row: the rows that look largest by them, and the most that a row of each panel can
-  //    reach. q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice
-  //    that is an integer. What the mean adds is the same for all rows, and left out.
-  const uint32_t middle = uint32_t((7 - 256) * query.sum);  // the sum of the two fits int32, each alone may not
+}
+
+// The steps of top_rows.
+struct Search {
+  Team& team;
+  const Kernels& kernels;
+  const Int8Rows& rows;
+  const Query& whole;
+  const QuantizedQuery& query;
+  const int count;
+
+  const int num_panels = rows.num_panels(), num_shares = (num_panels + kSharePanels - 1) / kSharePanels;
   const float half_scale = 0.5f * query.scale;
   const float per_error = float(query.norm_int8 * (1 + 1e-6)), per_row_norm = float(query.norm_error * (1 + 1e-6));
-  const auto sums = std::make_unique_for_overwrite<int32_t[]>(std::size_t(num_panels) * kPanelRows);
-  const auto panel_bound = std::make_unique_for_overwrite<float[]>(num_panels);
-  // Of a panel's rows; those beyond the vocabulary are -infinity. Plain loops of 16, for the compiler to vectorise.
-  const auto coarse = [&](int panel, float* values, float* bounds) {
-    const int first = panel * kPanelRows, count = std::min(kPanelRows, V - first);
+  const float middle_x = float(1.5 * query.sum_x), per_next_error = float(query.norm * (1 + 1e-6));
+  const float middle_norm = 1.5f * std::sqrt(float(rows.padded_size()));  // of the vector of middles
+  const std::vector<uint8_t> no_rest = std::vector<uint8_t>(rows.rest_bytes());
+
+  // Of `scan`: the sum of each row, and the most that a row of each panel can reach.
+  const std::unique_ptr<int32_t[]> sums =
+      std::make_unique_for_overwrite<int32_t[]>(std::size_t(num_panels) * kPanelRows);
+  const std::unique_ptr<float[]> panel_bound = std::make_unique_for_overwrite<float[]>(num_panels);
+  std::vector<std::vector<Candidate>> found = std::vector<std::vector<Candidate>>(num_shares);  // in each share
+  std::vector<Candidate> guesses = {};
+  std::vector<int> guessed = {};  // their ids, in order
+  float floor = -INFINITY, least = -INFINITY;  // of the logits; of what a row must reach without the mean
+  std::atomic<bool> is_read{true}, is_finite{true};
+  std::atomic<int> num_refined{0}, num_exact{0};
+
+  int end_of(int share) const { return std::min(num_panels, (share + 1) * kSharePanels); }
+  int rows_of(int panel) const { return std::min(kPanelRows, rows.vocab_size - panel * kPanelRows); }
+
+  void prefetch_bounds(int panel) const {
+    for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) {
+      __builtin_prefetch(row + panel * kPanelRows);
+    }
+  }
+
+  // Values of a panel's rows by their upper five bits, and the most that they can be; -infinity beyond the vocabulary.
+  // q . w = 8 q . (u >> 3) + q . (u & 7) - 128 sum q; the lower bits are taken for their middle, 3.5. Twice that is an
+  // integer. What the mean adds is the same for all rows, and left out.
+  void coarse(int panel, float* values, float* bounds) const {
+    const uint32_t middle = uint32_t((7 - 256) * query.sum);  // the sum of the two fits int32, each alone may not
+    // Copies, which no store to `values` changes, and a plain loop of 16, for the compiler to vectorise.
+    const float half_scale = this->half_scale, per_error = this->per_error, per_row_norm = this->per_row_norm;
+    const int first = panel * kPanelRows, own = rows_of(panel);
     const auto fill = [&](int filled) {
       for (int r = 0; r < filled; ++r) {
         const float scale = rows.row_scale[first + r], error = rows.scan_error[first + r];
@@ -195,134 +245,155 @@ std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Ro
         bounds[r] = bound == bound ? bound : INFINITY;  // beyond float32 nothing is known
       }
     };
-    if (count == kPanelRows) return fill(kPanelRows);
-    fill(count);
-    for (int r = count; r < kPanelRows; ++r) values[r] = bounds[r] = -INFINITY;
-  };
-  const auto prefetch_bounds = [&](int panel) {
-    for (const float* row : {rows.row_scale, rows.scan_error, rows.row_norm}) {
-      __builtin_prefetch(row + panel * kPanelRows);
-    }
-  };
-  const auto largest_of = [](const float* values) {
-    float largest[4] = {values[0], values[1], values[2], values[3]};
-    for (int r = 4; r < kPanelRows; ++r) largest[r % 4] = std::max(largest[r % 4], values[r]);
-    return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3]));
-  };
-  std::vector<std::vector<Candidate>> found(num_shares);
-  team.run(num_shares, [&](int share, int) {
-    std::vector<Candidate>& best = found[share];  // a heap, smallest first
-    float values[kPanelRows], bounds[kPanelRows];
-    for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
-      prefetch_bounds(panel);  // which come from memory while the panel is multiplied
-      kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
-                         sums.get() + std::size_t(panel) * kPanelRows);
-      coarse(panel, values, bounds);
-      panel_bound[panel] = largest_of(bounds);
-      if (int(best.size()) == count && largest_of(values) <= best.front().logit) continue;
-      for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
-        if (int(best.size()) == count) {
-          if (values[r] <= best.front().logit) continue;
-          std::pop_heap(best.begin(), best.end(), goes_before);
-          best.pop_back();
-        }
-        best.push_back({values[r], panel * kPanelRows + r});
-        std::push_heap(best.begin(), best.end(), goes_before);
-      }
-    }
-  });
-  std::vector<Candidate> guesses;
-  for (const std::vector<Candidate>& best : found) guesses.insert(guesses.end(), best.begin(), best.end());
-  const std::size_t num_kept = std::min(std::size_t(std::max(count, kFirstGuesses)), guesses.size());
-  std::partial_sort(guesses.begin(), guesses.begin() + num_kept, guesses.end(), goes_before);
-  guesses.resize(num_kept);
+    if (own == kPanelRows) return fill(kPanelRows);
+    fill(own);
+    for (int r = own; r < kPanelRows; ++r) values[r] = bounds[r] = -INFINITY;
+  }
 
-  // 2. Those in float32: the count-th largest is a floor under the result.
-  std::atomic<bool> is_read{true}, is_finite{true};
-  const auto exact = [&](int v, uint8_t* rest, int8_t* w_int8) {
-    if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
+  // The upper five bits of every row: finds the rows that look largest by them.
+  void scan() {
+    team.run(num_shares, [&](int share, int) {
+      std::vector<Candidate>& best = found[share];
+      float values[kPanelRows], bounds[kPanelRows];
+      for (int panel = share * kSharePanels; panel < end_of(share); ++panel) {
+        prefetch_bounds(panel);  // which come from memory while the panel is multiplied
+        kernels.scan_panel(rows.scan + panel * rows.panel_bytes(), rows.num_groups(), query.x_int8.data(),
+                           sums.get() + std::size_t(panel) * kPanelRows);
+        coarse(panel, values, bounds);
+        panel_bound[panel] = largest_of(bounds);
+        if (int(best.size()) == count && largest_of(values) <= best.front().logit) continue;
+        keep_best(best, count, panel * kPanelRows, rows_of(panel), values);
+      }
+    });
+  }
+
+  // x . w of a row whose `rest` is given.
+  float dot(int v, const uint8_t* rest, int8_t* w_int8) const {
     kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows,
                        rows.next + v * rows.next_bytes(), rest, rows.num_groups(), w_int8);
-    const float logit = kernels.dot(x, w_int8, rows.padded_size()) * rows.row_scale[v] + whole.shared;
+    return kernels.dot(whole.x.data(), w_int8, rows.padded_size());
+  }
+
+  // The logit of a row, all of which is read.
+  float exact(int v, uint8_t* rest, int8_t* w_int8) {
+    if (!read_file(rows.file, rows.rest_offset + v * rows.rest_bytes(), rows.rest_bytes(), rest)) is_read = false;
+    const float logit = dot(v, rest, w_int8) * rows.row_scale[v] + whole.shared;
     if (!std::isfinite(logit)) is_finite = false;
     return logit;
-  };
-  std::vector<uint8_t> rest(rows.rest_bytes());
-  std::vector<int8_t> w_int8(rows.padded_size());
-  for (Candidate& guess : guesses) guess.logit = exact(guess.id, rest.data(), w_int8.data());
-  if (!is_finite) return {};
-  std::sort(guesses.begin(), guesses.end(), goes_before);
-  const float floor = int(guesses.size()) < count ? -INFINITY : guesses[count - 1].logit;
-  // What a row must reach without the mean: less than the difference, by more than its rounding.
-  const float least = std::isinf(floor) ? floor
-                                        : floor - whole.shared - 0x1p-21f * (std::abs(floor) + std::abs(whole.shared));
-  std::vector<int> guessed;  // in order of their ids
-  for (const Candidate& guess : guesses) guessed.push_back(guess.id);
-  std::sort(guessed.begin(), guessed.end());
+  }
 
-  // 3. Every other row that may reach the floor: its next bit. q . w = 4 q . (u >> 2) + q . (u & 3) - 128 sum q, with
-  //    1.5 for the lowest two bits. Twice that is an integer. If it still may, the same with x in the place of a q, and
-  //    if it still may, float32.
-  const uint32_t next_middle = uint32_t((3 - 256) * query.sum);
-  const std::vector<uint8_t> no_rest(rows.rest_bytes());
-  const float middle_x = float(1.5 * query.sum_x), per_next_error = float(query.norm * (1 + 1e-6));
-  const float middle_norm = 1.5f * std::sqrt(float(rows.padded_size()));  // of the vector of middles
-  std::atomic<int> num_refined{0}, num_exact{int(guesses.size())};
-  team.run(num_shares, [&](int share, int) {
-    found[share].clear();
+  // The best of those rows in float32: the count-th largest is a floor under the result. False where one is not finite.
+  bool set_floor() {
+    for (const std::vector<Candidate>& best : found) guesses.insert(guesses.end(), best.begin(), best.end());
+    const std::size_t num_kept = std::min(std::size_t(std::max(count, kFirstGuesses)), guesses.size());
+    std::partial_sort(guesses.begin(), guesses.begin() + num_kept, guesses.end(), goes_before);
+    guesses.resize(num_kept);
     std::vector<uint8_t> rest(rows.rest_bytes());
     std::vector<int8_t> w_int8(rows.padded_size());
-    std::vector<int> candidates;  // found before the first is refined: their bytes come from memory meanwhile
-    float values[kPanelRows], bounds[kPanelRows];
-    std::vector<int> panels;
-    for (int panel = share * kSharePanels; panel < std::min(num_panels, (share + 1) * kSharePanels); ++panel) {
+    for (Candidate& guess : guesses) guess.logit = exact(guess.id, rest.data(), w_int8.data());
+    if (!is_finite) return false;
+    std::sort(guesses.begin(), guesses.end(), goes_before);
+    if (int(guesses.size()) >= count) {
+      floor = guesses[count - 1].logit;
+      // Less than the difference, by more than its rounding.
+      least = floor - whole.shared - 0x1p-21f * (std::abs(floor) + std::abs(whole.shared));
+    }
+    for (const Candidate& guess : guesses) guessed.push_back(guess.id);
+    std::sort(guessed.begin(), guessed.end());
+    num_exact = int(guesses.size());
+    return true;
+  }
+
+  // The other rows of a share that may reach the floor, all of them before the first is refined: their next bits come
+  // from memory meanwhile.
+  std::vector<int> candidates_of(int share) const {
+    std::vector<int> panels, candidates;
+    for (int panel = share * kSharePanels; panel < end_of(share); ++panel) {
       if (panel_bound[panel] < least) continue;
       panels.push_back(panel);
       prefetch_bounds(panel);
       __builtin_prefetch(sums.get() + std::size_t(panel) * kPanelRows);
     }
+    float values[kPanelRows], bounds[kPanelRows];
     for (const int panel : panels) {
       coarse(panel, values, bounds);
-      for (int r = 0; r < std::min(kPanelRows, V - panel * kPanelRows); ++r) {
+      for (int r = 0; r < rows_of(panel); ++r) {
         const int v = panel * kPanelRows + r;
         if (bounds[r] < least || std::binary_search(guessed.begin(), guessed.end(), v)) continue;
         candidates.push_back(v);
-        const uint8_t* const next = rows.next + candidates.back() * rows.next_bytes();
+        const uint8_t* const next = rows.next + v * rows.next_bytes();
         for (std::size_t line = 0; line < rows.next_bytes(); line += kLineBytes) __builtin_prefetch(next + line);
       }
     }
-    int computed = 0;
-    for (const int v : candidates) {
-      const uint8_t* const next = rows.next + v * rows.next_bytes();
-      const int32_t bit_sum = kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
-      const int32_t twice = int32_t(16 * uint32_t(sums[v]) + 8 * uint32_t(bit_sum) + next_middle);
-      const float scale = rows.row_scale[v], value = half_scale * float(twice) * scale;
-      if (value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < least) continue;
-      kernels.decode_row(rows.scan + v / kPanelRows * rows.panel_bytes(), v % kPanelRows, next, no_rest.data(),
-                         rows.num_groups(), w_int8.data());
-      const float most = kernels.dot(x, w_int8.data(), rows.padded_size()) + middle_x +
-                         per_next_error * rows.next_error[v] +
-                         float(query.rounding) * (2 * rows.row_norm[v] + rows.next_error[v] + middle_norm);
-      if (most * scale < least) continue;
-      ++computed;
-      const float logit = exact(v, rest.data(), w_int8.data());
-      if (logit >= floor) found[share].push_back({logit, v});
-    }
-    num_refined += int(candidates.size());
-    num_exact += computed;
-  });
-  require(is_read);
-  if (!is_finite) return {};
-  std::vector<Candidate> result;
-  for (const Candidate& guess : guesses) {
-    if (guess.logit >= floor) result.push_back(guess);
+    return candidates;
   }
-  for (const std::vector<Candidate>& best : found) result.insert(result.end(), best.begin(), best.end());
-  const std::size_t wanted = std::min(result.size(), std::size_t(count));
-  std::partial_sort(result.begin(), result.begin() + wanted, result.end(), goes_before);
-  result.resize(wanted);
-  if (statistics != nullptr) *statistics = {num_refined, num_exact};
-  return result;
+
+  // By its next bit too a row is below the floor. q . w = 4 q . (u >> 2) + q . (u & 3) - 128 sum q, with 1.5 for the
+  // lowest two bits. Twice that is an integer.
+  bool is_below_by_next_bit(int v) const {
+    const uint8_t* const next = rows.next + v * rows.next_bytes();
+    const int32_t bit_sum = kernels.next_dot(next, rows.num_groups(), query.x_int8.data());
+    const int32_t twice = int32_t(16 * uint32_t(sums[v]) + 8 * uint32_t(bit_sum) + uint32_t((3 - 256) * query.sum));
+    const float scale = rows.row_scale[v], value = half_scale * float(twice) * scale;
+    return value + scale * (per_error * rows.next_error[v] + per_row_norm * rows.row_norm[v]) < least;
+  }
+
+  // The same with x in the place of a q.
+  bool is_below_without_error(int v, int8_t* w_int8) const {
+    const float most = dot(v, no_rest.data(), w_int8) + middle_x + per_next_error * rows.next_error[v] +
+                       float(query.rounding) * (2 * rows.row_norm[v] + rows.next_error[v] + middle_norm);
+    return most * rows.row_scale[v] < least;
+  }
+
+  // Every other row that may reach the floor: by its next bit, then with x, then in float32.
+  void refine() {
+    team.run(num_shares, [&](int share, int) {
+      found[share].clear();
+      std::vector<uint8_t> rest(rows.rest_bytes());
+      std::vector<int8_t> w_int8(rows.padded_size());
+      const std::vector<int> candidates = candidates_of(share);
+      int computed = 0;
+      for (const int v : candidates) {
+        if (is_below_by_next_bit(v) || is_below_without_error(v, w_int8.data())) continue;
+        ++computed;
+        const float logit = exact(v, rest.data(), w_int8.data());
+        if (logit >= floor) found[share].push_back({logit, v});
+      }
+      num_refined += int(candidates.size());
+      num_exact += computed;
+    });
+  }
+
+  std::vector<Candidate> result() const {
+    std::vector<Candidate> result;
+    for (const Candidate& guess : guesses) {
+      if (guess.logit >= floor) result.push_back(guess);
+    }
+    for (const std::vector<Candidate>& best : found) result.insert(result.end(), best.begin(), best.end());
+    const std::size_t wanted = std::min(result.size(), std::size_t(count));
+    std::partial_sort(result.begin(), result.begin() + wanted, result.end(), goes_before);
+    result.resize(wanted);
+    return result;
+  }
+};
+
+}  // namespace
+
+std::vector<Candidate> top_rows(Team& team, const Kernels& kernels, const Int8Rows& rows, const float* hidden,
+                                int count, HeadStatistics* statistics) {
+  const Query whole(rows, hidden);
+  const QuantizedQuery query(kernels, whole.x.data(), rows.padded_size());
+  if (count > kMostWanted || !(query.norm < kLargestNorm)) {
+    return top_of_all(team, kernels, rows, hidden, count, statistics);
+  }
+  Search search{team, kernels, rows, whole, query, count};
+  search.scan();
+  if (!search.set_floor()) return {};
+  search.refine();
+  require(search.is_read);
+  if (!search.is_finite) return {};
+  if (statistics != nullptr) *statistics = {search.num_refined, search.num_exact};
+  return search.result();
 }
 
 }  // namespace bitdistill
