@@ -64,14 +64,14 @@ def train_blocks(
     channel_weights: Literal["none", "next_norm"] = "none",
     **options: Any,
 ) -> Metrics:
-    """Trains the student's blocks in place, gives it the teacher's embeddings, final norm and head, and returns the
-    relative error of the last block.
+    """Trains the student's blocks in place and returns the relative error of the last one.
 
     Reports `NAME/loss`, the relative squared distance of `hidden_kd_loss`, at steps that count on from block to block,
     and `NAME/block_error` behind each block, over all sequences. Finished blocks are kept in `work_dir`.
 
     Args:
-        student, teacher: of as many blocks and the same width; the teacher on `device`.
+        student, teacher: of as many blocks and the same width; the student with the teacher's embeddings, final norm
+            and head (`take_over_frame`), the teacher on `device`.
         steps: the micro-batches of each optimiser step of an epoch; their hidden states stay in memory.
         precision: of the forward passes and the hidden states held.
         channel_weights: of the distance; next_norm: the gains of the teacher's norm that reads the block's output.
@@ -80,7 +80,6 @@ def train_blocks(
         ValueError: a block diverged.
     """
     nn.Module.to(student, device).eval()
-    _take_over_frame(student, teacher)
     flat = [batch.padded(length_multiple(device)).to(device) for step in steps for batch in step]
     ends = list(accumulate((len(step) for step in steps), initial=0))
     num_steps = max(1, round(num_epochs * len(steps)))
@@ -163,8 +162,8 @@ def read_block_metrics(work_dir: Path) -> Metrics:
 
 
 @torch.no_grad()
-def _take_over_frame(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Everything outside the decoder blocks, from the teacher."""
+def take_over_frame(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Gives the student everything of the teacher outside the decoder blocks. Before the teacher is cast."""
     theirs = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
         if ".layers." not in name:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bitdistill_core.errors import one_line
 from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.sources import hub_parts
 from bitdistill_core.surgery import operate, require_supported
@@ -58,9 +59,11 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 
 def saved_quantizer(directory: Path) -> WeightQuantizer:
-    """How the weights of a student's checkpoint become codes."""
-    record = json.loads((directory / "config.json").read_text()).get("bitdistill") or {}
-    return WeightQuantizer(**record.get("quantizer", {}))
+    """How the weights of a student's checkpoint become codes. Raises ValueError for a dense model."""
+    record = json.loads((directory / "config.json").read_text()).get("bitdistill")
+    if record is None:
+        raise ValueError(f"a quantiser is a student's; got a dense model in path={directory}")
+    return WeightQuantizer(**record["quantizer"])
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -76,7 +79,7 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     record = surgery_record(config)
     if record is not None:
-        operate(model, **{**record, "quantizer": WeightQuantizer(**record.get("quantizer", {}))})
+        operate(model, **{**record, "quantizer": WeightQuantizer(**record["quantizer"])})
     try:
         state = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -86,9 +89,7 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint path={directory} does not fit its config.json: {' '.join(str(error).split())[:600]}"
-        ) from None
+        raise ValueError(f"checkpoint path={directory} does not fit its config.json: {one_line(error, 600)}") from None
     return model.eval(), load_tokenizer(directory)
 
 
@@ -99,7 +100,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"no readable tokenizer in path={directory}: {_first_line(error)}") from None
+        raise ValueError(f"no readable tokenizer in path={directory}: {one_line(error)}") from None
     return tokenizer
 
 
@@ -149,7 +150,7 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     except MemoryError:
         raise
     except Exception as error:  # what a broken file makes transformers raise has many types
-        raise ValueError(f"cannot load base.checkpoint={checkpoint}: {_first_line(error)}") from None
+        raise ValueError(f"cannot load base.checkpoint={checkpoint}: {one_line(error)}") from None
     if not tokenizer.encode("a word", add_special_tokens=False):  # made from nothing, where its files are missing
         raise ValueError(
             f"base.checkpoint={checkpoint} has no tokenizer that knows words; put the model's tokenizer.json and "
@@ -199,7 +200,7 @@ def _load_config(source: str, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # what a broken file makes transformers raise has many types
-        raise ValueError(f"cannot read a model configuration from {source}: {_first_line(error)}") from None
+        raise ValueError(f"cannot read a model configuration from {source}: {one_line(error)}") from None
 
 
 def _package_file(name: str) -> Path:
@@ -211,7 +212,3 @@ def _package_file(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"no file={file} in the installed package module={module}")
     return path
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

@@ -4,7 +4,6 @@ Tasks and flows are imported inside the commands that need them, so `--help` and
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,9 @@ import typer
 
 from bitdistill_core.cli_errors import one_line_errors
 from bitdistill_core.cli_tables import commands
+from bitdistill_core.openmp import set_waiting
 
-# read by the OpenMP library when PyTorch loads: threads that wait must sleep, or a busy neighbour stalls every step;
-# not at once though, since in small models the next work comes within microseconds (docs/LOG.md)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
+set_waiting()  # before PyTorch is loaded
 
 app = typer.Typer(
     help="Turn a full-precision decoder LM into a packed 1.58-bit student (BitNet Distillation).",
@@ -137,9 +133,8 @@ def classify(
                 return
             scores = engine.score([prompt for _, prompt in group], choices, truncate=True)
             for (text, _), row in zip(group, scores, strict=True):
-                probabilities = np.exp(row - np.logaddexp.reduce(row))
                 best = int(row.argmax())
-                print(f"{template.label_words[best]}\t{probabilities[best]:.3f}\t{text}", flush=True)
+                print(f"{template.label_words[best]}\t{np.exp(row[best]):.3f}\t{text}", flush=True)
 
         group: list[tuple[str, str]] = []
         for place, text in _numbered(texts):
@@ -263,7 +258,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run's directory, like run
 
 def packed_path(model: Path) -> Path:
     """The packed file that a user means by a file, a run or a stage directory."""
-    for candidate in (model, model / "model.bitdistill", model / "pack" / "bitdistill" / "model.bitdistill"):
+    from bitdistill_core.packing import PACKED_FILE
+
+    for candidate in (model, model / PACKED_FILE, model / "pack" / "bitdistill" / PACKED_FILE):
         if candidate.is_file():
             return candidate
     raise ValueError(f"no packed model at path={model}; give a model.bitdistill file or a finished run")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import typer
 
+from bitdistill_core.errors import one_line
+
 
 @contextmanager
 def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
@@ -30,13 +32,13 @@ def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's; importing it here would slow every command
             raise
         typer.echo(
-            f"error: the GPU is out of memory: {' '.join(str(error).split())[:300]}; raise gradient_accumulation or "
+            f"error: the GPU is out of memory: {one_line(error, 300)}; raise gradient_accumulation or "
             "lower max_length, block_size or batch_size of that stage",
             err=True,
         )
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {one_line(error, None)}", err=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         typer.echo(f"error: this command needs the full install, and package {error.name} is missing", err=True)

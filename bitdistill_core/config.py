@@ -168,7 +168,7 @@ class SurgeryConfig(Section):
     @property
     def is_calibrated(self) -> bool:
         """Whether texts go through the student."""
-        return self.initializer != "none" or self.subln_gain != "one"
+        return self.initializer != "none" or (self.subln_gain != "one" and self.subln != "none")
 
     @model_validator(mode="after")
     def _scale_fits(self) -> "SurgeryConfig":
@@ -203,6 +203,16 @@ class StudentTraining(Section):
     threshold_margin: float = Field(ge=0, lt=0.5)  # scales by which weights begin away from a threshold; 0: as they are
     quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
     hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
+
+    @model_validator(mode="after")
+    def _warmup_undoes_blocks(self) -> "StudentTraining":
+        if self.quantization_warmup and self.blockwise.num_epochs:
+            raise ValueError(
+                "quantization_warmup begins with weights that are not quantised, for which blocks trained by blockwise "
+                f"are not made; got quantization_warmup={self.quantization_warmup}, "
+                f"blockwise.num_epochs={self.blockwise.num_epochs}; set one of them to 0"
+            )
+        return self
 
     @property
     def is_taught(self) -> bool:
@@ -333,6 +343,16 @@ class Params(Section):
     evaluate: EvaluateConfig
     benchmark: BenchmarkConfig
     report: ReportConfig
+
+    @model_validator(mode="after")
+    def _warmup_from_latent_weights(self) -> "Params":
+        warmup = max(self.pretrain.quantization_warmup, self.distill.quantization_warmup)
+        if warmup and self.surgery.initializer == "gptq":
+            raise ValueError(
+                "quantization_warmup begins with the latent weights, which initializer gptq moves far from the base's; "
+                f"got quantization_warmup={warmup}, surgery.initializer=gptq; set quantization_warmup to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _margin_of_absmean(self) -> "Params":

@@ -128,7 +128,7 @@ class BlockBatches:
         self.num_blocks = len(tokens) // block_size
         self.batch_size, self.micro_size = batch_size, batch_size // gradient_accumulation
         self.seed, self.begin = seed, begin
-        self._epoch = -1
+        self._epoch, self._shift = -1, 0
         self._order = np.empty(0, dtype=np.int64)
 
     def __call__(self, step: int) -> list[Batch]:

@@ -121,7 +121,7 @@ class ExampleBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch; the last, incomplete batch is left out."""
+        """Optimiser steps in an epoch; a random rest of the examples, less than a batch, is left out."""
         return len(self.examples) // self.batch_size
 
     def __call__(self, step: int) -> list[Batch]:
@@ -138,15 +138,14 @@ class ExampleBatches:
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.examples))
+        order = rng.permutation(len(self.examples))[: self.steps_per_epoch * self.batch_size]
         batches: list[np.ndarray] = []
         size = self.batch_size * min(self.GROUP, max(1, self.steps_per_epoch // 4))
         for start in range(0, len(order), size):
             group = order[start : start + size]
             group = group[np.argsort(self._lengths[group], kind="stable")]
-            full = len(group) // self.batch_size * self.batch_size
-            batches += [group[i : i + self.batch_size] for i in range(0, full, self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))][: self.steps_per_epoch]
+            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def collate(examples: Sequence[Example], totals: Totals) -> Batch:

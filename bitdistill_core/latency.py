@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitdistill_core import openmp
+
 Generate = Callable[[list[int], int], list[float]]  # prompt ids, new tokens -> time of each new token since the start
 Resident = Callable[[], dict[str, int]]  # bytes of each part of a model's file that are in memory
 
@@ -99,8 +101,7 @@ class _Worker:
         # threads that wait spin shortly, then sleep: the models take turns on the same cores
         command = [
             "env",
-            "OMP_WAIT_POLICY=PASSIVE",
-            "GOMP_SPINCOUNT=20000",
+            *(f"{name}={value}" for name, value in openmp.WAITING.items()),
             f"OMP_NUM_THREADS={num_threads}",
         ]
         command += [sys.executable, "-m", "bitdistill_core.latency", str(path), "--num-threads", str(num_threads)]

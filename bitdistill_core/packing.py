@@ -49,6 +49,7 @@ from bitdistill_core.panels import LINE_BYTES, empty_lines, pack_base3, pack_int
 
 FORMAT = "bitdistill"
 FORMAT_VERSION = "7"
+PACKED_FILE = "model.bitdistill"  # its name in the directory of a stage
 STREAMED = (".w_packed", ".w_base3", ".scan")  # names end so
 HASH_BLOCK_BYTES, HASH_THREADS = 1 << 16, 2
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format

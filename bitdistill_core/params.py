@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from bitdistill_core.config import Params, Section
+from bitdistill_core.errors import one_line
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -74,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text())
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"parameter file path={path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"parameter file path={path} is not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"parameter file path={path} must hold sections; got {type(values).__name__}")
     return values

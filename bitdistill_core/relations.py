@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bitdistill_core.replay import observed
 
 IMPLEMENTATION = "bitdistill_capture"
-NAMES = ("query", "key", "value")
 _SINK = "_bitdistill_states"  # attribute of an attention module: where its states go
 
 States = dict[int, tuple[Tensor, Tensor, Tensor]]  # layer -> Q (B, H, T, d), K and V (B, H_kv, T, d)

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bitdistill_core.errors import one_line
+
 Source = Path | str  # a local file or directory, or a hub id
 ENDINGS = (".parquet", ".jsonl", ".csv")
 
@@ -172,7 +174,7 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
         else:
             raise ValueError(f"a data file ends in {_ENDINGS}; got path={path}")
     except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"unreadable data file path={path}: {_first_line(error)}") from None
+        raise ValueError(f"unreadable data file path={path}: {one_line(error)}") from None
 
 
 _ENDINGS = ", ".join(ENDINGS)
@@ -186,7 +188,7 @@ def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> 
         return datasets.load_dataset(repository, config, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # the hub client raises many types, also for "no network"
         raise ValueError(
-            f"cannot load split={split} of data set {name} ({config}) from the hub: {_first_line(error)}; "
+            f"cannot load split={split} of data set {name} ({config}) from the hub: {one_line(error)}; "
             "check the name and the network, or give --data-root DIR with the files"
         ) from None
 
@@ -197,9 +199,5 @@ def _named_errors(stream: Iterable[Mapping[str, Any]], name: str) -> Iterator[Ma
         yield from stream
     except Exception as error:
         raise ValueError(
-            f"the stream of data set {name} from the hub broke off: {_first_line(error)}; run the same command to go on"
+            f"the stream of data set {name} from the hub broke off: {one_line(error)}; run the same command to go on"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

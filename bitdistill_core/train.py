@@ -67,9 +67,8 @@ def fit(
     """Trains `model` in place and returns the last reported metrics.
 
     Reports `NAME/loss`, each part as `NAME/PART`, `NAME/learning_rate`, `NAME/grad_norm`, `NAME/tokens_per_second`
-    and, every `grad_norm_every` steps, each part's gradient norm in the step's first micro-batch as
-    `NAME/grad_norm_PART`. Parts are averages over the steps since the last report. Schedule `two_stage` also ends
-    weight decay at the middle step.
+    and, every `grad_norm_every` steps, the norm of each part's gradient over the step as `NAME/grad_norm_PART`. Parts
+    are averages over the steps since the last report. Schedule `two_stage` also ends weight decay at the middle step.
 
     Args:
         balance_grad_norms: every part but `task_loss` is scaled so that its gradient norm, a moving average of those
@@ -80,6 +79,11 @@ def fit(
         ValueError: a loss or gradient that is not finite, at the next report or checkpoint; names the step. The last
             good checkpoint stays.
     """
+
+    def parts_of(batch: Any) -> LossParts:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            return loss_fn(batch)
+
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, adam_beta2=adam_beta2)
@@ -97,15 +101,14 @@ def fit(
             if on_step is not None:
                 on_step(step, num_steps)
             part_norms: dict[str, float] = {}
-            for index, batch in enumerate(batches(step)):
-                batch = batch.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    parts = loss_fn(batch)
-                if index == 0 and grad_norm_every and step % grad_norm_every == 0 and len(parts) > 1:
-                    part_norms = _part_grad_norms(parts, parameters)
-                    balance.update(part_norms)
-                    part_norms = {part: norm * balance.scale(part) for part, norm in part_norms.items()}
-                parts = {part: value * balance.scale(part) for part, value in parts.items()}
+            micro_batches = [batch.to(device) for batch in batches(step)]
+            if grad_norm_every and step % grad_norm_every == 0:
+                part_norms = _part_grad_norms(parts_of, micro_batches, parameters)
+                balance.update(part_norms)
+                part_norms = {part: norm * balance.scale(part) for part, norm in part_norms.items()}
+                torch.manual_seed(seed * 1_000_003 + step)  # the step itself is the same, measured or not
+            for batch in micro_batches:
+                parts = {part: value * balance.scale(part) for part, value in parts_of(batch).items()}
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
                 window.add(step, {"loss": loss, **parts, "num_tokens": batch.lengths.sum()})
@@ -206,13 +209,25 @@ def _optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float, a
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
 
 
-def _part_grad_norms(parts: LossParts, parameters: Sequence[Tensor]) -> dict[str, float]:
-    """L2 norm of each weighted part's gradient, for the balance of the loss."""
+def _part_grad_norms(
+    parts_of: LossFn, micro_batches: Sequence[MicroBatch], parameters: Sequence[Tensor]
+) -> dict[str, float]:
+    """L2 norm of each part's gradient over all micro-batches of a step; none where the loss has one part.
+
+    One gradient is held at a time, so several micro-batches are computed again for each part.
+    """
+    parts = parts_of(micro_batches[0])
+    names, is_whole = list(parts), len(micro_batches) == 1
     norms = {}
-    for part, value in parts.items():
-        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        squares = [g.float().square().sum() for g in grads if g is not None]
-        norms[part] = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+    for name in names if len(names) > 1 else []:
+        total: list[Tensor | None] = [None] * len(parameters)
+        for batch in micro_batches:
+            parts = parts if is_whole else parts_of(batch)
+            grads = torch.autograd.grad(parts[name], parameters, retain_graph=is_whole, allow_unused=True)
+            pairs = zip(total, grads, strict=True)
+            total = [old if new is None else new if old is None else old + new for old, new in pairs]
+        squares = [grad.float().square().sum() for grad in total if grad is not None]
+        norms[name] = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
     return norms
 
 

@@ -32,6 +32,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/bitdistill \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE \
+    GOMP_SPINCOUNT=20000 \
     DO_NOT_TRACK=true \
     DVC_NO_ANALYTICS=1 \
     GIT_PYTHON_REFRESH=quiet \

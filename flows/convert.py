@@ -91,9 +91,8 @@ def _run_stages(params: Params, run_dir: Path, conversion: Conversion) -> None:
     assert isinstance(progress, UUID)  # a coroutine only inside async code
     outcomes: dict[str, stages.Outcome] = {}
     for number, node in enumerate(NODES, start=1):
-        task = getattr(stages, node.section)  # a stage's module, section and task share one name
         feeding = [outcomes[source] for source in node.inputs.values()]
-        outcomes[node.name] = task(node.name, params, run_dir, conversion, wait_for=feeding)
+        outcomes[node.name] = stages.STAGES[node.section](node.name, params, run_dir, conversion, wait_for=feeding)
         update_progress_artifact(progress, round(100 * number / len(NODES), 1), description=f"{node.name} is done")
 
 

@@ -46,9 +46,8 @@ class PackedModel:
             texts = ["".join(self.engine.generate(prompt, new_tokens, truncate=True)).strip() for prompt in prompts]
             return pd.DataFrame({"text": texts}, index=data.index)
         scores = self.engine.score(prompts, [" " + word for word in self.label_words], truncate=True)
-        probabilities = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
         labels = [self.label_words[best] for best in scores.argmax(axis=1)]
-        return pd.DataFrame({"label": labels, "probability": probabilities.max(axis=1)}, index=data.index)
+        return pd.DataFrame({"label": labels, "probability": np.exp(scores.max(axis=1))}, index=data.index)
 
     def _row(self, row: dict[Any, Any]) -> dict[str, Any]:
         if len(self.template.columns) == 1 and "text" in row:

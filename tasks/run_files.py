@@ -24,7 +24,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def end_time(manifest: Mapping[str, Any]) -> float:
     """When the stage ended, in seconds since the epoch."""
-    return float(manifest.get("ended", manifest["started"] + manifest["seconds"]))
+    return float(manifest["ended"])
 
 
 def is_finished(node: Node, run_dir: Path) -> bool:

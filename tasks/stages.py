@@ -5,15 +5,17 @@ Prefect's cache is off: the core's manifest decides what is up to date. No retri
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, State
 
 from bitdistill_core.config import Params
 from bitdistill_core.manifest import StageBusyError
+from bitdistill_core.pipeline import NODES
 from bitdistill_core.tables.cell import run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import OutOfTime
@@ -48,70 +50,12 @@ def _run(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Ou
     }
 
 
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def data(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """The task's examples and the general corpus."""
-    return _run(node, params, run_dir, conversion)
+def _stage_task(stage: ModuleType) -> Task[[str, Params, Path, Conversion], Outcome]:
+    name = stage.__name__.rpartition(".")[2]
+    return task(name=name, description=stage.__doc__, task_run_name="{node}", cache_policy=NO_CACHE)(_run)
 
 
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def base(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """The full-precision model."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def teacher(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """Full-precision fine-tuning."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def surgery(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """SubLN and BitLinear (stage 1)."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def pretrain(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """Continued pre-training (stage 2)."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def distill(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """Distillation (stage 3)."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def bitnet_sft(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """The baseline, ternary fine-tuning."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def pack(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """One packed file."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def evaluate(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """One model on the evaluation splits."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def benchmark(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """Size, memory and speed."""
-    return _run(node, params, run_dir, conversion)
-
-
-@task(task_run_name="{node}", cache_policy=NO_CACHE)
-def report(node: str, params: Params, run_dir: Path, conversion: Conversion) -> Outcome:
-    """The report."""
-    return _run(node, params, run_dir, conversion)
+STAGES = {node.section: _stage_task(node.stage) for node in NODES}  # a stage's section and task share its name
 
 
 @task(task_run_name="{cell}", cache_policy=NO_CACHE)

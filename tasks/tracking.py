@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 from bitdistill_core import __version__
 from bitdistill_core.config import Params
 from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result, StageBusyError
+from bitdistill_core.packing import PACKED_FILE
 from bitdistill_core.pipeline import NODES, Node, find_node, run_node
 from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
 from tasks.parameters import without_private
@@ -317,7 +318,7 @@ class Conversion:
             info = mlflow.pyfunc.log_model(
                 name="packed_model",
                 loader_module="tasks.packed_model",
-                data_path=str(directory / "model.bitdistill"),
+                data_path=str(directory / PACKED_FILE),
                 pip_requirements=[f"bitdistill=={__version__}"],
             )
         name = f"bitdistill-{self.profile}"

@@ -62,7 +62,7 @@ def make_dvc() -> Any:
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.name)
 def test_a_node_has_a_section_a_task_and_matching_inputs(node: Node) -> None:
     assert node.section in Params.model_fields
-    assert getattr(stages, node.section).task_run_name == "{node}"
+    assert stages.STAGES[node.section].task_run_name == "{node}"
     assert {field.name for field in fields(node.stage.Inputs)} == set(node.inputs)
     assert callable(node.stage.run)
 

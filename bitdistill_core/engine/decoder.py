@@ -53,7 +53,6 @@ class Decoder:
             kernel=kernel,
             num_threads=num_threads,
         )
-        self.hidden_size = config.hidden_size
 
     def new_cache(self, capacity: int, kv_dtype: str = "float32") -> _native.KeyValueCache:
         """Keys and values of up to `capacity` positions of one sequence; memory is taken as they come."""

@@ -44,10 +44,6 @@ class EngineTokenizer:
         """Text of token ids."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def token_id(self, token: str) -> int | None:
-        """Id of one token by its exact text, None if there is none."""
-        return self._tokenizer.token_to_id(token)
-
     def stream(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as `ids` arrive after `prompt_ids`; their sum is the text that follows the prompt.
 

@@ -12,6 +12,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from bitdistill_core.errors import one_line
+
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -37,7 +39,7 @@ def fused(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate
                 raise
             except Exception as error:  # what a compiler can raise has many types
                 works = False
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error, 300)
                 log.warning("quantisers run uncompiled, which is slower; a C compiler may be missing: %s", reason)
         return function(first, *args, **kwargs)
 

@@ -55,7 +55,6 @@ def _result(canvas: plots.Canvas, run: Run, results: Mapping[str, Any]) -> Secti
         "FP16-SFT is the full-precision teacher, evaluated in float32; its file counts the weights at 16 bits.",
         "The accuracy of BitNet-SFT and BitDistill is the student's in PyTorch; packed: the packed file in the engine.",
         "Peak memory is that of the whole process, libraries included." if teacher else "",
-        str(teacher.get("file_mib_note", "")),
         floors(results),
     ]
     if run.is_generation:

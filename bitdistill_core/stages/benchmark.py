@@ -18,9 +18,9 @@ from bitdistill_core.config import BenchmarkConfig
 from bitdistill_core.data import encode_prompt
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.packing import PACKED_FILE
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.stages.data import examples_path, read_eval_splits
-from bitdistill_core.stages.pack import PACKED
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def run(
 ) -> Metrics:
     """Measures on the CPU whatever `device` is. Threads are those that PyTorch was given."""
     num_threads = torch.get_num_threads()
-    packed = {"bitnet_sft": inputs.bitnet_sft / PACKED, "bitdistill": inputs.bitdistill / PACKED}
+    packed = {"bitnet_sft": inputs.bitnet_sft / PACKED_FILE, "bitdistill": inputs.bitdistill / PACKED_FILE}
     load_before = os.getloadavg()[0]
     with progress_bar("benchmark", total=config.warmup_rounds + config.num_rounds, unit="round") as bar:
         timings = latency.measure(

@@ -44,7 +44,9 @@ def run(
     with ExitStack() as stack:
         loss_fn = None
         if config.is_taught:
-            teacher, teacher_tokenizer = training.load_teacher(inputs.teacher, config, device, stack)
+            teacher, teacher_tokenizer = training.load_teacher(
+                inputs.teacher, student, config, name="distill", device=device, stack=stack
+            )
             if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
                 raise ValueError(
                     "teacher and student must share a vocabulary; got sizes "

@@ -12,10 +12,11 @@ import torch
 
 from bitdistill_core import checkpoint
 from bitdistill_core.config import EvaluateConfig
-from bitdistill_core.evaluate import PackedScorer, Scorer, TorchScorer, evaluate_split, wilson_interval
+from bitdistill_core.evaluate import evaluate_split, wilson_interval
 from bitdistill_core.manifest import Metrics, Report
+from bitdistill_core.packing import PACKED_FILE
+from bitdistill_core.scorers import PackedScorer, Scorer, TorchScorer
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
-from bitdistill_core.stages.pack import PACKED
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ def run(
     """Scores every evaluation split. The final metrics are `evaluate/SPLIT/METRIC`."""
     task, eval_splits = read_task(inputs.data), read_eval_splits(inputs.data)
     scorer: Scorer
-    if (inputs.model / PACKED).is_file():
-        scorer = PackedScorer(inputs.model / PACKED)
+    if (inputs.model / PACKED_FILE).is_file():
+        scorer = PackedScorer(inputs.model / PACKED_FILE)
     else:
         model, tokenizer = checkpoint.load_model(inputs.model)
         scorer = TorchScorer(model, tokenizer, batch_size=config.batch_size, device=device)

@@ -22,12 +22,11 @@ from bitdistill_core.engine.model import Engine
 from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.losses import head_logits
 from bitdistill_core.manifest import Metrics, Report
-from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
+from bitdistill_core.packing import PACKED_FILE, Int8Rows, TernaryLinear, write_student
 from bitdistill_core.quantize.rows import quantize_rows
 from bitdistill_core.quantize.weight import quantize_weight
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 
-PACKED = "model.bitdistill"
 # Activations within float error of a tie between two INT8 values are rounded apart by engine and PyTorch, as by PyTorch
 # with another order of summation: behind 30 blocks 0.02 in the median, 0.06 on single prompts, several times as much
 # where the student is hardly trained (docs/LOG.md). So beyond these limits the student's own sensitivity to float error
@@ -57,12 +56,12 @@ def run(
     pack_model(
         student,
         tokenizer.backend_tokenizer.to_str().encode(),
-        out_dir / PACKED,
+        out_dir / PACKED_FILE,
         task={"name": task.name, "kind": task.kind, "prompt": task.prompt, "label_words": task.label_words},
         encoding=config.encoding,
         eos_token_ids=end_ids(student, tokenizer),
     )
-    engine = Engine.load(out_dir / PACKED, num_threads=torch.get_num_threads())
+    engine = Engine.load(out_dir / PACKED_FILE, num_threads=torch.get_num_threads())
     table = pq.read_table(examples_path(inputs.data, read_eval_splits(inputs.data)[0]), columns=["prompt"])
     prompts = table["prompt"].to_pylist()[: config.verify_examples]
     window = int(student.config.max_position_embeddings)

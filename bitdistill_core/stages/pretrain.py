@@ -38,7 +38,9 @@ def run(
         with ExitStack() as stack:
             loss_fn = None
             if config.is_taught:
-                teacher, _ = training.load_teacher(inputs.base, config, device, stack)
+                teacher, _ = training.load_teacher(
+                    inputs.base, student, config, name="pretrain", device=device, stack=stack
+                )
             if blockwise_steps:
                 training.require_window(student.config, config.block_size, "pretrain.block_size")
                 metrics = training.train_blockwise(

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
-from bitdistill_core.blockwise import read_block_metrics, train_blocks
+from bitdistill_core.blockwise import read_block_metrics, take_over_frame, train_blocks
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
@@ -180,7 +180,6 @@ def train_blockwise(
     """
     if train.has_checkpoint(work_dir):  # the training that follows has begun
         return read_block_metrics(work_dir / "blockwise")
-    require_same_blocks(student, teacher, f"{name}.blockwise")
     steps: list[Sequence[losses.Batch]] = []
     num_tokens = 0
     for step in range(num_steps):
@@ -269,13 +268,23 @@ def quantization_warmup(model: PreTrainedModel, share: float) -> Iterator[Callab
 
 
 def load_teacher(
-    directory: Path, config: TrainSection, device: torch.device, stack: ExitStack
+    directory: Path,
+    student: PreTrainedModel,
+    config: PretrainConfig | DistillConfig,
+    *,
+    name: str,
+    device: torch.device,
+    stack: ExitStack,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that teaches until `stack` closes: on the device, its weights in the stage's precision, no gradients.
 
-    Buffers stay in float32: in bfloat16 the frequencies of rotary positions would be off by up to 0.4%.
+    Where it teaches block by block, the student has its embeddings, final norm and head from here on. Buffers stay in
+    float32: in bfloat16 the frequencies of rotary positions would be off by up to 0.4%.
     """
     teacher, tokenizer = checkpoint.load_model(directory)
+    if config.blockwise.num_epochs:
+        require_same_blocks(student, teacher, f"{name}.blockwise")
+        take_over_frame(student, teacher)
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(train.compute_dtype(config.precision))
     nn.Module.to(teacher.requires_grad_(False), device)

@@ -7,8 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitdistill_core.tables.plan import Plan, read_plan
-from bitdistill_core.tables.run import run_plan
+from bitdistill_core.errors import one_line
+from bitdistill_core.openmp import set_waiting
+
+set_waiting()  # before PyTorch is loaded
+
+from bitdistill_core.tables.plan import Plan, read_plan  # noqa: E402
+from bitdistill_core.tables.run import run_plan  # noqa: E402
 
 
 def main() -> int:
@@ -39,7 +44,7 @@ def main() -> int:
         )
         _render(plan, options.out, options.tables / "paper.csv")
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, None)}", file=sys.stderr)
         return 1
     return 1 if outcome.failed else 2 if outcome.left else 0
 

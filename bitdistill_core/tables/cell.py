@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.config import EvaluateConfig
-from bitdistill_core.evaluate import TorchScorer, score_examples, wilson_interval
+from bitdistill_core.evaluate import score_examples, wilson_interval
 from bitdistill_core.manifest import (
     METRICS_LOG,
     NO_PART_OF_A_RESULT,
@@ -38,6 +38,7 @@ from bitdistill_core.manifest import (
 )
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
+from bitdistill_core.scorers import TorchScorer
 from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 from bitdistill_core.stages.fit import require_fit

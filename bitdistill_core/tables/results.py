@@ -4,6 +4,7 @@ Intervals are percentile bootstraps over examples and, where there are several, 
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,12 +164,20 @@ def _scores(results: Sequence[dict[str, Any]], metric: str | None) -> Scores | N
 
 
 def _bootstrap(scores: Scores) -> tuple[float, float]:
-    """95% percentile interval of the mean, examples and seeds resampled."""
+    """95% percentile interval of the mean of (S, E) scores, examples and seeds resampled.
+
+    Resampled seeds deviate less from their mean than seeds do, by (S - 1) / S in the variance, so their deviation is
+    scaled. Of one seed the interval is of the examples only.
+    """
     rng = np.random.default_rng(0)
     num_seeds, num_examples = scores.shape
+    widening = math.sqrt(num_seeds / (num_seeds - 1)) if num_seeds > 1 else 0.0
+    over_seeds = scores.mean(axis=0)
     means = np.empty(NUM_RESAMPLES)
     for index in range(NUM_RESAMPLES):
-        over_seeds = scores[rng.integers(num_seeds, size=num_seeds)].mean(axis=0) if num_seeds > 1 else scores[0]
-        means[index] = over_seeds[rng.integers(num_examples, size=num_examples)].mean()
+        seeds = rng.integers(num_seeds, size=num_seeds) if num_seeds > 1 else np.zeros(1, np.int64)
+        examples = rng.integers(num_examples, size=num_examples)
+        mean = over_seeds[examples].mean()
+        means[index] = mean + widening * (scores[seeds].mean(axis=0)[examples].mean() - mean)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitdistill_core.errors import one_line
 from bitdistill_core.manifest import StageBusyError
 from bitdistill_core.tables.cell import discard_checkpoints, read_result, release_memory, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
@@ -100,7 +101,7 @@ def run_plan(
             return False
         except (ValueError, RuntimeError) as error:
             # one that diverges, or is too large for the GPU, costs no other
-            outcome.failed[cell] = " ".join(str(error).split())
+            outcome.failed[cell] = one_line(error, None)
             tell(f"failed: {cell}: {outcome.failed[cell]}")
             return True
         outcome.finished.append(cell)

@@ -75,7 +75,8 @@ def speed_rows(found: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
 
 def _measure(plan: Plan, base: Path) -> dict[str, Any]:
     from bitdistill_core.engine.model import Engine
-    from bitdistill_core.stages.pack import PACKED, pack_model
+    from bitdistill_core.packing import PACKED_FILE
+    from bitdistill_core.stages.pack import pack_model
 
     model, tokenizer = checkpoint.load_model(base)
     fp16_mib = sum(p.numel() for p in model.parameters()) * 2 / 2**20
@@ -85,7 +86,7 @@ def _measure(plan: Plan, base: Path) -> dict[str, Any]:
     settings = plan.defaults["benchmark"]
     prompt_tokens = min(settings["prompt_tokens"], window - settings["new_tokens"])
     with TemporaryDirectory() as directory:
-        packed = Path(directory) / PACKED
+        packed = Path(directory) / PACKED_FILE
         tokenizer_json, encoding = tokenizer.backend_tokenizer.to_str().encode(), plan.defaults["pack"]["encoding"]
         pack_model(model, tokenizer_json, packed, task={"name": "none"}, encoding=encoding)
         del model

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill_core.block_outputs import hidden_kd_loss
-from bitdistill_core.blockwise import _next_gains, train_blocks
+from bitdistill_core.blockwise import _next_gains, take_over_frame, train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
@@ -101,6 +101,7 @@ def test_every_block_comes_nearer_to_its_teacher_and_nothing_else_changes(
 def test_what_lies_outside_the_blocks_is_the_teachers(any_model: PreTrainedModel, tmp_path: Path) -> None:
     student, teacher = student_of(any_model), build(any_model.config.model_type, seed=5)
     options = {**OPTIONS, "num_epochs": 1, "learning_rate": 1e-30}
+    take_over_frame(student, teacher)
     train_blocks(student, teacher, STEPS, work_dir=tmp_path, report=lambda *_: None, **options)
     outside = [name for name in parameters(student) if ".layers." not in name]
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(outside)

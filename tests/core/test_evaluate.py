@@ -11,17 +11,10 @@ import torch
 
 from bitdistill_core.checkpoint import load_model
 from bitdistill_core.data import end_ids
-from bitdistill_core.evaluate import (
-    PackedScorer,
-    Request,
-    Scorer,
-    TorchScorer,
-    evaluate_split,
-    score_examples,
-    wilson_interval,
-)
+from bitdistill_core.evaluate import evaluate_split, score_examples, wilson_interval
+from bitdistill_core.packing import PACKED_FILE
+from bitdistill_core.scorers import PackedScorer, Request, Scorer, TorchScorer
 from bitdistill_core.stages.base import train_tokenizer
-from bitdistill_core.stages.pack import PACKED
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 from tests.core.test_data import corpus  # noqa: F401  (a fixture)
@@ -263,7 +256,7 @@ def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finishe
     model, tokenizer = load_model(finished_run / "distill")
     scorers: list[Any] = [
         TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu")),
-        PackedScorer(finished_run / "pack" / "bitdistill" / PACKED),
+        PackedScorer(finished_run / "pack" / "bitdistill" / PACKED_FILE),
     ]
     window = model.config.max_position_embeddings
     text = "a film that never ends and " * window

@@ -16,6 +16,20 @@ from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 
 EXAMPLES = [Example([5 + i % 7, 9, 11], [20 + i % 2]) for i in range(24)]
+OPTIONS: dict[str, Any] = {
+    "name": "toy",
+    "seed": 0,
+    "learning_rate": 1e-2,
+    "schedule": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.99,
+    "max_grad_norm": 1.0,
+    "precision": "float32",
+    "report_every": 1,
+    "checkpoint_every": 4,
+    "device": torch.device("cpu"),
+}
 
 
 def fit(
@@ -28,20 +42,9 @@ def fit(
         operate(model, subln="output", sub_norm_eps=1e-6)
     batches = ExampleBatches(EXAMPLES, batch_size=4, gradient_accumulation=2, seed=3)
     options: dict[str, Any] = {
-        "name": "toy",
+        **OPTIONS,
         "num_steps": num_steps,
-        "seed": 0,
-        "learning_rate": 1e-2,
-        "schedule": "linear",
-        "warmup_ratio": 0.1,
-        "weight_decay": 0.01,
-        "adam_beta2": 0.99,
-        "max_grad_norm": 1.0,
-        "precision": "float32",
-        "report_every": 1,
-        "checkpoint_every": 4,
         "work_dir": work_dir,
-        "device": torch.device("cpu"),
         "report": lambda metrics, step: log.append((step, metrics)) if log is not None else None,
     }
 
@@ -107,36 +110,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path: Path
 
 
 def test_gradient_norms_of_parts_are_reported(tmp_path: Path) -> None:
-    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    log: list[dict[str, float]] = []
-    model = torch.nn.Module()
-    model.weight = weight
-    batch = losses.Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1), losses.Totals(1, 1, 1))
-    train.fit(
-        model,
-        lambda step: [batch],
-        lambda batch: {"a": weight.square().sum(), "b": 10 * weight.sum()},
-        name="toy",
-        num_steps=1,
-        seed=0,
-        learning_rate=0.1,
-        schedule="constant",
-        warmup_ratio=0.0,
-        weight_decay=0.0,
-        adam_beta2=0.9,
-        max_grad_norm=1.0,
-        precision="float32",
-        report_every=1,
-        checkpoint_every=10,
-        grad_norm_every=1,
-        work_dir=tmp_path,
-        device=torch.device("cpu"),
-        report=lambda metrics, step: log.append(metrics),
+    _, log = fit_weight(
+        tmp_path, lambda weight: {"a": weight.square().sum(), "b": 10 * weight.sum()}, num_steps=1, grad_norm_every=1
     )
-    merged = {name: value for metrics in log for name, value in metrics.items()}
-    assert merged["toy/grad_norm_a"] == pytest.approx(10.0)
-    assert merged["toy/grad_norm_b"] == pytest.approx(10 * 2**0.5)
-    assert merged["toy/loss"] == pytest.approx(25 + 70)
+    assert log[1]["toy/grad_norm_a"] == pytest.approx(10.0)
+    assert log[1]["toy/grad_norm_b"] == pytest.approx(10 * 2**0.5)
+    assert log[1]["toy/loss"] == pytest.approx(25 + 70)
 
 
 def fit_weight(
@@ -147,20 +126,15 @@ def fit_weight(
     model.weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     batch = losses.Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1), losses.Totals(1, 1, 1))
     options: dict[str, Any] = {
-        "name": "toy",
+        **OPTIONS,
         "num_steps": 10,
-        "seed": 0,
         "learning_rate": 0.1,
         "schedule": "constant",
         "warmup_ratio": 0.0,
         "weight_decay": 0.0,
-        "adam_beta2": 0.9,
         "max_grad_norm": 1e9,
-        "precision": "float32",
-        "report_every": 1,
         "checkpoint_every": 100,
         "work_dir": work_dir,
-        "device": torch.device("cpu"),
         "report": lambda metrics, step: log.setdefault(step, {}).update(metrics),
     }
     train.fit(model, lambda step: [batch], lambda batch: loss_fn(model.weight), **{**options, **changes})
@@ -187,13 +161,16 @@ def test_balance_holds_each_term_at_so_many_times_the_task_gradient(tmp_path: Pa
 
 
 def test_balance_follows_a_moving_average_of_the_measured_norms(tmp_path: Path) -> None:
-    calls = [0]
+    factor = [0]
 
     def loss_fn(weight: torch.nn.Parameter) -> train.LossParts:
-        calls[0] += 1
-        return {"task_loss": weight.sum(), "logits_kd": (10 if calls[0] == 1 else 50) * weight.sum()}
+        return {"task_loss": weight.sum(), "logits_kd": factor[0] * weight.sum()}
 
-    _, log = fit_weight(tmp_path, loss_fn, num_steps=3, grad_norm_every=1, balance_grad_norms=1.0, learning_rate=1e-9)
+    def on_step(step: int, num_steps: int) -> None:
+        factor[0] = 50 if step else 10
+
+    options = {"num_steps": 3, "grad_norm_every": 1, "balance_grad_norms": 1.0, "learning_rate": 1e-9}
+    _, log = fit_weight(tmp_path, loss_fn, on_step=on_step, **options)
     average = 10.0
     assert log[1]["toy/logits_kd"] == pytest.approx(7.0)
     for step in (2, 3):
@@ -217,6 +194,84 @@ def test_a_part_without_gradient_is_left_alone(tmp_path: Path) -> None:
         balance_grad_norms=1.0,
     )
     assert log[1]["toy/grad_norm_logits_kd"] == 0.0
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_gradient_norms_are_those_of_the_whole_step(tmp_path: Path, num_parts: int) -> None:
+    """However it is split: micro-batches differ in length, and the parts in what they divide by."""
+    model, teacher = build("qwen3"), build("qwen3", seed=5)
+    examples = [Example([5 + i, *range(9, 9 + i)], [20 + i % 2]) for i in range(8)]
+    log: dict[str, float] = {}
+
+    def loss_fn(batch: losses.Batch) -> train.LossParts:
+        hidden, target = losses.hidden_states(model, batch), losses.hidden_states(teacher, batch).detach()
+        logits_kd = losses.logits_kd_loss(model, hidden, teacher, target, batch, kd_temperature=2.0, variant="authors")
+        return {"task_loss": losses.task_loss(model, hidden, batch), "logits_kd": logits_kd}
+
+    def gradient_norm(part: str) -> float:
+        [batch] = ExampleBatches(examples, batch_size=8, gradient_accumulation=1, seed=3)(0)
+        grads = torch.autograd.grad(loss_fn(batch)[part], list(model.parameters()), allow_unused=True)
+        return float(torch.stack([grad.square().sum() for grad in grads if grad is not None]).sum().sqrt())
+
+    expected = {part: gradient_norm(part) for part in ("task_loss", "logits_kd")}
+    train.fit(
+        model,
+        ExampleBatches(examples, batch_size=8, gradient_accumulation=num_parts, seed=3),
+        loss_fn,
+        **{**OPTIONS, "num_steps": 1, "work_dir": tmp_path, "report": lambda metrics, step: log.update(metrics)},
+        grad_norm_every=1,
+    )
+    for part, norm in expected.items():
+        assert log[f"toy/grad_norm_{part}"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_step_is_adamw_with_clipping_and_decay_of_matrices_only(tmp_path: Path) -> None:
+    def make() -> torch.nn.Linear:
+        model = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[3.0, 4.0], [1e-9, 2.0]]))  # 1e-9: a gradient that eps matters for
+            model.bias.copy_(torch.tensor([5.0, -6.0]))
+        return model
+
+    def loss_of(model: torch.nn.Linear) -> torch.Tensor:
+        return model.weight.square().sum() + (3 * model.bias).square().sum()
+
+    ours, theirs = make(), make()
+    options = {**OPTIONS, "weight_decay": 0.3, "adam_beta2": 0.7, "max_grad_norm": 2.0, "schedule": "constant"}
+    batch = losses.Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1), losses.Totals(1, 1, 1))
+    train.fit(
+        ours,
+        lambda step: [batch],
+        lambda batch: {"task_loss": loss_of(ours)},
+        **{**options, "num_steps": 5, "warmup_ratio": 0.0, "work_dir": tmp_path, "report": lambda metrics, step: None},
+    )
+    groups = [{"params": [theirs.weight], "weight_decay": 0.3}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.7), eps=1e-8)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(theirs).backward()
+        norm = float(torch.stack([p.grad.square().sum() for p in theirs.parameters()]).sum().sqrt())
+        for parameter in theirs.parameters():
+            parameter.grad *= min(1.0, 2.0 / norm)
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-5, atol=0)
+
+
+CURVE = {  # a dense model's, so that no code turns on another processor's rounding
+    "float32": [4.68983, 5.64267, 3.4597, 6.13021, 4.82585, 3.8617, 2.84533, 3.11936, 2.14495, 3.54534],
+    "bfloat16": [4.69548, 5.68005, 3.47439, 6.14305, 4.86491, 3.85021, 2.86051, 3.13923, 2.12041, 3.5713],
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ten_steps_are_those_of_before(tmp_path: Path, precision: str) -> None:
+    log: list[tuple[int, dict[str, float]]] = []
+    fit(tmp_path, model=build("qwen3"), num_steps=10, log=log, precision=precision, learning_rate=3e-3)
+    curve = [metrics["toy/loss"] for _, metrics in log]
+    assert curve == pytest.approx(CURVE[precision], rel=1e-4 if precision == "float32" else 4e-3)
+    other = CURVE["bfloat16" if precision == "float32" else "float32"]
+    assert curve != pytest.approx(other, rel=4e-3)
 
 
 def distil(work_dir: Path, **changes: Any) -> Any:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bitdistill_core import checkpoint
-from bitdistill_core.evaluate import TorchScorer, evaluate_split, wilson_interval
+from bitdistill_core.evaluate import evaluate_split, wilson_interval
 from bitdistill_core.manifest import StageBusyError, locked, read_manifest
+from bitdistill_core.scorers import TorchScorer
 from bitdistill_core.stages.data import examples_path
 from bitdistill_core.tables import run
 from bitdistill_core.tables.cell import chain, read_result, result_path, run_cell
