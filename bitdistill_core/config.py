@@ -200,7 +200,7 @@ class StudentTraining(Section):
     """What the stages that train a student share."""
 
     blockwise: BlockwiseConfig
-    threshold_margin: float = Field(ge=0, lt=0.5)  # scales by which weights begin away from a threshold; 0: as they are
+    threshold_margin: float = Field(ge=0, lt=0.5)  # least distance to a threshold before training, in scales; 0: none
     quantization_warmup: float = Field(ge=0, le=1)  # share of the steps in which quantisation sets in linearly
     hidden_kd_weight: float = Field(ge=0)  # of the distance between the outputs of the blocks, all of them; 0: none
 

@@ -179,5 +179,5 @@ def _bootstrap(scores: Scores) -> tuple[float, float]:
         examples = rng.integers(num_examples, size=num_examples)
         mean = over_seeds[examples].mean()
         means[index] = mean + widening * (scores[seeds].mean(axis=0)[examples].mean() - mean)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [0.025, 0.975]).clip(scores.min(), scores.max())
     return float(low), float(high)

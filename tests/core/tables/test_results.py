@@ -1,7 +1,7 @@
 """Rows and comparisons against direct computation: exact distributions of small bootstraps, binomial sums."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import comb
@@ -36,14 +36,22 @@ def generated(rouge: Sequence[float], bleu: float) -> dict[str, Any]:
 
 
 def exact_interval(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The 95% percentile interval over all equally likely resamples of seeds, then of examples."""
+    """The 95% percentile interval over all equally likely resamples of seeds, then of examples.
+
+    Seeds deviate from their mean by n / (n - 1) more in the variance than resampled ones.
+    """
     seeds, examples = range(len(scores)), range(len(scores[0]))
+    widening = (len(scores) / (len(scores) - 1)) ** 0.5 if len(scores) > 1 else 0.0
+
+    def mean(some: Iterable[int], chosen: Sequence[int]) -> float:
+        return float(np.mean([[scores[s][e] for e in chosen] for s in some]))
+
     means = [
-        np.mean([[scores[s][e] for e in chosen] for s in some])
+        mean(seeds, chosen) + widening * (mean(some, chosen) - mean(seeds, chosen))
         for some in product(seeds, repeat=len(scores))
         for chosen in product(examples, repeat=len(scores[0]))
     ]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [0.025, 0.975]).clip(np.min(scores), np.max(scores))
     return float(low), float(high)
 
 
