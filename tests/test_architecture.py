@@ -131,6 +131,10 @@ def test_tasks_do_not_import_flows() -> None:
     assert not [i for i in all_imports("tasks") if i.package == "flows"]
 
 
+def test_no_test_module_imports_another() -> None:
+    assert not [i for i in all_imports("tests") if re.match(r"tests\.(\w+\.)*test_", i.module)]
+
+
 @pytest.mark.parametrize("folder", ["bitdistill_core", "flows"])
 def test_environment_variables_are_the_business_of_tasks(folder: str) -> None:
     users = {

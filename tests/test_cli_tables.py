@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import run
 from tests.conftest import ROOT
-from tests.test_cli import run
 
 CELLS = Path("results/tiny/cells/small/reviews")
 

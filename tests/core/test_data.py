@@ -23,16 +23,6 @@ from bitdistill_core.templates import TEMPLATES, Template
 from tests.core.conftest import Workshop
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Three short documents as a corpus directory."""
-    directory = tmp_path / "corpus"
-    directory.mkdir()
-    texts = ["the cat sat on the mat", "a dog ran", "the end of the story"] * 20
-    pq.write_table(pa.table({"text": texts}), directory / "00000.parquet")
-    return directory
-
-
 @pytest.mark.parametrize("task", sorted(TEMPLATES))
 def test_builtin_templates_render(task: str) -> None:
     template = TEMPLATES[task]

@@ -17,7 +17,7 @@ from bitdistill_core.manifest import locked
 from bitdistill_core.tables import run
 from flows.tables import tables
 from tests.conftest import ROOT
-from tests.flows.test_convert import artifact
+from tests.flows.artifacts import artifact
 
 
 @pytest.fixture
