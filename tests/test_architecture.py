@@ -95,8 +95,11 @@ def test_the_engine_imports_packing_and_itself_and_no_torch() -> None:
     assert not [i for i in found if i.package == "bitdistill_core" and not i.module.startswith(allowed)]
 
 
-def test_the_engine_loads_without_torch() -> None:
-    code = "import sys, bitdistill_core.engine.model; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+def test_the_engine_loads_without_torch_and_transformers() -> None:
+    code = """
+import sys, bitdistill_core.engine.model, bitdistill_core.packing
+sys.exit('torch' in sys.modules or 'transformers' in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

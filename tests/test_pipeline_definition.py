@@ -151,8 +151,3 @@ def test_there_is_a_deployment_for_every_profile_and_for_the_tables() -> None:
         assert deployment["concurrency_limit"] == 1
     assert sorted(names["flows/convert.py:convert"]) == sorted(list_profiles(ROOT / "params.yaml"))
     assert names["flows/tables.py:tables"] == ["cpu"]
-
-
-@pytest.mark.parametrize("profile", list_profiles(ROOT / "params.yaml"))
-def test_a_profile_is_valid(profile: str) -> None:
-    assert load_params(ROOT / "params.yaml", profile=profile)

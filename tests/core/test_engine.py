@@ -1,7 +1,5 @@
 """The engine against transformers' own models in fp32, with their linear layers made ternary by the reference below."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -299,11 +297,3 @@ def test_clear_errors_for_input_the_engine_cannot_run(qwen3: tuple[Engine, nn.Mo
         engine.embed([])
     with pytest.raises(ValueError, match="got kernel=abacus"):
         Engine.load(engine.model.path, kernel="abacus")
-
-
-def test_the_engine_imports_without_torch_and_transformers() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        "import bitdistill_core.engine.model, bitdistill_core.packing"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
