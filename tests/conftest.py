@@ -28,6 +28,8 @@ from ruamel.yaml import YAML  # noqa: E402
 from bitdistill_core.config import Params  # noqa: E402
 from bitdistill_core.params import load_params  # noqa: E402
 from bitdistill_core.pipeline import NODES, run_node  # noqa: E402
+from bitdistill_core.tables.plan import read_plan  # noqa: E402
+from bitdistill_core.tables.run import run_plan  # noqa: E402
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -103,6 +105,29 @@ def tiny_scale(tmp_path_factory: pytest.TempPathFactory) -> Path:
         node[last] = value
     YAML(typ="safe").dump({**TINY_SCALE, "params": params}, folder / "tiny.yaml")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_tables(tiny_scale: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `store` and `results` of group table1 of the tiny scale, every checkpoint kept. Copy before use."""
+    folder = tmp_path_factory.mktemp("finished-tables")
+    plan = read_plan(tiny_scale, "tiny", ROOT / "params.yaml")
+    outcome = run_plan(
+        plan,
+        store=folder / "store",
+        results=folder / "results",
+        data_root=None,
+        groups=["table1"],
+        keep_checkpoints=True,
+    )
+    assert len(outcome.finished) == 2
+    return folder
+
+
+@pytest.fixture
+def stored_stages(finished_tables: Path, tmp_path: Path) -> Path:
+    """The stages of these cells, without results, where a command or flow of the tiny scale looks for them."""
+    return Path(shutil.copytree(finished_tables / "store", tmp_path / "runs/tables/tiny"))
 
 
 @pytest.fixture(scope="session")

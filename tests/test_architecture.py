@@ -95,8 +95,11 @@ def test_the_engine_imports_packing_and_itself_and_no_torch() -> None:
     assert not [i for i in found if i.package == "bitdistill_core" and not i.module.startswith(allowed)]
 
 
-def test_the_engine_loads_without_torch() -> None:
-    code = "import sys, bitdistill_core.engine.model; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+def test_the_engine_loads_without_torch_and_transformers() -> None:
+    code = """
+import sys, bitdistill_core.engine.model, bitdistill_core.packing
+sys.exit('torch' in sys.modules or 'transformers' in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -129,6 +132,10 @@ def test_a_stage_run_by_dvc_needs_no_prefect() -> None:
 
 def test_tasks_do_not_import_flows() -> None:
     assert not [i for i in all_imports("tasks") if i.package == "flows"]
+
+
+def test_no_test_module_imports_another() -> None:
+    assert not [i for i in all_imports("tests") if re.match(r"tests\.(\w+\.)*test_", i.module)]
 
 
 @pytest.mark.parametrize("folder", ["bitdistill_core", "flows"])

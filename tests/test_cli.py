@@ -6,19 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from bitdistill_core.cli import app
+from tests.command_line import run
 from tests.conftest import ROOT
-from tests.test_docker import write_classifier
+from tests.core.classifiers import write_classifier
 
 BITDISTILL = Path(sys.executable).with_name("bitdistill")
 COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report", "tables", "cell", "estimate"]
-
-
-def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments), input=stdin)
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_help_names_every_command_and_fits_a_screen() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import run
 from tests.conftest import ROOT
-from tests.test_cli import run
 
 CELLS = Path("results/tiny/cells/small/reviews")
 
@@ -39,9 +39,10 @@ def test_one_cell_then_all_of_them(options: list[str]) -> None:
     assert not Path("mlflow.db").exists()
 
 
-def test_a_cell_keeps_the_checkpoints_that_other_cells_need(options: list[str]) -> None:
+def test_a_cell_keeps_the_checkpoints_that_other_cells_need(options: list[str], stored_stages: Path) -> None:
+    store = stored_stages
+    assert len(list(store.glob("distill/*"))) == 1
     assert run("cell", "small", "reviews", "bitnet_sft", "0", *options)[0] == 0
-    store = Path("runs/tables/tiny")
     assert not list(store.glob("distill/*"))
     assert len(list(store.glob("surgery/*"))) == 0  # broken has SubLN: another surgery
     assert run("cell", "small", "reviews", "fp16_sft", "0", *options)[0] == 0

@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import head
 from bitdistill_core import checkpoint
+from tests.core.architectures import EOS, VOCAB_SIZE
 from tests.core.conftest import build
-from tests.core.test_engine import EOS, VOCAB_SIZE, tokenizer_json
+from tests.core.reference_students import tokenizer_json
 
 
 def test_the_command_counts_rows_and_compares_with_the_whole_head(

@@ -146,6 +146,16 @@ def workshop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path, train_tokenizer(tmp_path / "data" / "corpus", vocab_size=300))
 
 
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three short documents as a corpus directory."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    texts = ["the cat sat on the mat", "a dog ran", "the end of the story"] * 20
+    pq.write_table(pa.table({"text": texts}), directory / "00000.parquet")
+    return directory
+
+
 SHORT: dict[str, dict[str, object]] = {  # for models of 64 tokens; two steps of training
     "surgery": {"calibration_sequences": 4, "calibration_length": 24, "weight_block_size": 16},
     "pretrain": {"num_tokens": 2 * 4 * 32, "block_size": 32, "batch_size": 4, "report_every": 1},

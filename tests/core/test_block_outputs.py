@@ -2,32 +2,16 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill_core import losses
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.surgery import operate
+from tests.core.batches import make_batch, split
 from tests.core.conftest import build
-from tests.core.test_losses import make_batch, split
-
-
-def block_outputs(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
-    """What each block returns, by a hook of the test's own on each."""
-    outputs: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for layer in model.get_decoder().layers
-    ]
-    model(input_ids)
-    for handle in handles:
-        handle.remove()
-    return outputs
-
-
-def num_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+from tests.core.hooks import block_outputs, num_hooks
 
 
 def random_blocks(batch: Batch, seed: int) -> list[Tensor]:

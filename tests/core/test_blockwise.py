@@ -1,6 +1,5 @@
 """Block-wise distillation: its inputs, targets and errors against plain forward passes, and what it leaves alone."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitdistill_core import checkpoint
 from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.blockwise import _next_gains, take_over_frame, train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
 from bitdistill_core.stages import distill, pretrain, surgery, training
-from bitdistill_core.surgery import operate
+from tests.core.batches import make_batch, split
 from tests.core.conftest import Workshop, build, section
-from tests.core.test_block_outputs import block_outputs, num_hooks
-from tests.core.test_losses import make_batch, split
-from tests.core.test_stage_options import load
+from tests.core.hooks import block_outputs, num_hooks
+from tests.core.students import student_of
 
 BLOCKWISE = {"num_epochs": 4, "learning_rate": 3e-3, "batch_size": 0, "num_tokens": 10**6, "channel_weights": "none"}
 ON_TASK = {**BLOCKWISE, "drop_contained": False}
@@ -42,12 +41,6 @@ OPTIONS: dict[str, Any] = {
 }
 # longer than Gemma's sliding window of 16
 STEPS = [[make_batch([18, 20, 12], [1, 1, 1], seed=1)], [make_batch([7, 9], [1, 1], seed=2)]]
-
-
-def student_of(model: PreTrainedModel) -> PreTrainedModel:
-    student = copy.deepcopy(model)
-    operate(student, subln="output", sub_norm_eps=1e-6)
-    return student
 
 
 def last_error(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> float:
@@ -229,7 +222,7 @@ def test_blocks_are_not_trained_again_when_distillation_goes_on(workshop: Worksh
         out, work = workshop.root / f"out-{name}", workshop.root / f"work-{name}"
         out.mkdir(exist_ok=True)
         metrics = distill.run(config, stages, out_dir=out, work_dir=work, report=report, device=torch.device("cpu"))
-        return load(out), metrics
+        return checkpoint.load_model(out)[0], metrics
 
     with pytest.raises(KeyboardInterrupt):
         go("cut", stop)
@@ -252,7 +245,7 @@ def test_pretraining_trains_blocks_on_the_corpus_and_nothing_else_with_no_tokens
     errors = [m["pretrain.blockwise/block_error"] for _, m in finished.log if "pretrain.blockwise/block_error" in m]
     assert len(errors) == 2
     assert not any("pretrain/loss" in m for _, m in finished.log)
-    before, after = parameters(load(student)), parameters(finished.model())
+    before, after = parameters(checkpoint.load_model(student)[0]), parameters(finished.model())
     assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ".layers." in n}
 
 
@@ -286,7 +279,7 @@ def test_blocks_are_trained_on_the_channels_that_the_next_norm_weighs(tmp_path: 
     flat = [batch for step in STEPS for batch in step]
     errors = {}
     for weights in ("none", "next_norm"):
-        student = student_of(teacher).requires_grad_(True)
+        student = student_of(teacher)
         log: list[Metrics] = []
         train_blocks(
             student,

@@ -16,6 +16,7 @@ from bitdistill_core.quantize.gptq import gptq
 from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight, quantize_weight
 from bitdistill_core.surgery import operate
 from tests.core.conftest import CONFIGS, build
+from tests.core.students import student_of
 
 # longer than Gemma's sliding window of 16; the last batch of two is smaller
 INPUT_IDS = torch.randint(3, 97, (5, 20), generator=torch.Generator().manual_seed(0))
@@ -25,12 +26,6 @@ QUANTIZERS = [
     for grid in ("ternary", "binary")
     for granularity in ("tensor", "row", "block")
 ]
-
-
-def student_of(model: PreTrainedModel, subln: str, quantizer: WeightQuantizer = QUANTIZERS[0]) -> PreTrainedModel:
-    student = copy.deepcopy(model)
-    operate(student, subln=subln, sub_norm_eps=1e-6, quantizer=quantizer)
-    return student
 
 
 def with_outliers(model: PreTrainedModel) -> None:

@@ -15,19 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bitdistill_core import checkpoint
 from bitdistill_core.quantize.rows import quantize_rows
 from bitdistill_core.stages import training
+from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.surgery import operate
 from tests.conftest import ROOT
 from tests.core.conftest import build
-from tests.core.test_data import (
-    corpus,  # noqa: F401  (a fixture)
-    train_tokenizer,
-)
 
 IDS = torch.tensor([[3, 14, 15, 92]])
 
 
 @pytest.fixture
-def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:  # noqa: F811
+def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     """A small BPE tokenizer."""
     return train_tokenizer(corpus, vocab_size=300)
 

@@ -13,9 +13,8 @@ from bitdistill_core.engine.batching import batches, shared_prefix
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.packing import Int8Rows, write_student
 from bitdistill_core.panels import unpack_int8_rows
-from tests.core.test_engine import reference_logits, relative_error, write_reference
-from tests.core.test_packing import student_arguments
-from tests.fuzz.packed_files import join, reseal, split
+from tests.core.packed_files import join, reseal, split, student_arguments
+from tests.core.reference_students import reference_logits, relative_error, write_reference
 
 
 @pytest.fixture(scope="module", autouse=True)

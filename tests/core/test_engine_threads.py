@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bitdistill_core.engine.model import Engine
-from tests.test_docker import write_classifier
+from tests.core.classifiers import write_classifier
 
 TASK = {"name": "m", "kind": "classification", "prompt": "{a}:", "label_words": ["bad", "good"]}
 

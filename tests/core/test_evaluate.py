@@ -17,7 +17,6 @@ from bitdistill_core.scorers import PackedScorer, Request, Scorer, TorchScorer
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
-from tests.core.test_data import corpus  # noqa: F401  (a fixture)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
@@ -113,7 +112,7 @@ def both_ways(scorer: Scorer, examples: Path, task: str, *, is_generation: bool 
 
 
 @pytest.mark.parametrize("task", ["sst2", "mnli"])
-def test_scores_without_lm_eval_are_those_of_lm_eval(tmp_path: Path, corpus: Path, task: str) -> None:  # noqa: F811
+def test_scores_without_lm_eval_are_those_of_lm_eval(tmp_path: Path, corpus: Path, task: str) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     model = build("qwen3", vocab_size=len(tokenizer), eos_token_id=None)
     choices = {"sst2": [" a", " t"], "mnli": [" yes", " no", " the cat sat"]}[task]  # of one token, of several
@@ -172,7 +171,7 @@ def test_summaries_without_lm_eval_are_those_of_lm_eval(tmp_path: Path) -> None:
         assert plain.metrics[name] == pytest.approx(mean)
 
 
-def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa: F811
+def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     model = build("qwen3", vocab_size=len(tokenizer), eos_token_id=None)
     scorer = TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu"))
@@ -185,7 +184,7 @@ def test_greedy_generation_decodes_new_text_only(corpus: Path) -> None:  # noqa:
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("is_student", [False, True])
-def test_texts_of_a_batch_are_those_of_single_prompts(corpus: Path, model_type: str, is_student: bool) -> None:  # noqa: F811
+def test_texts_of_a_batch_are_those_of_single_prompts(corpus: Path, model_type: str, is_student: bool) -> None:
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     model = build(model_type, vocab_size=len(tokenizer), eos_token_id=None, tie_word_embeddings=False)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """What only a CUDA GPU does: passes replayed as CUDA graphs, and quantisers as fused kernels."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bitdistill_core import losses
 from bitdistill_core.blockwise import train_blocks
-from bitdistill_core.losses import Batch, Totals
+from bitdistill_core.losses import Batch
 from bitdistill_core.quantize.activation import fake_quantize_activation
 from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight
 from bitdistill_core.replay import replayed_decoder
 from bitdistill_core.stages.training import add_dropout
-from bitdistill_core.surgery import operate
-from tests.core.test_replay import step
+from tests.core.batches import make_batch
+from tests.core.loss_parts import step
+from tests.core.students import student_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,27 +42,8 @@ def make_model() -> PreTrainedModel:
     return LlamaForCausalLM(config).to(GPU).requires_grad_(False)
 
 
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as opened:
-        yield opened
-
-
-def student_of(model: PreTrainedModel) -> PreTrainedModel:
-    student = copy.deepcopy(model).requires_grad_(True)
-    operate(student, subln="output", sub_norm_eps=1e-6)
-    return student.to(model.device)
-
-
-def make_batch(lengths: list[int], seed: int) -> Batch:
-    ids = torch.randint(0, 300, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
-    labels = torch.full_like(ids, -100)
-    labels[range(len(lengths)), torch.tensor(lengths) - 1] = 7
-    return Batch(ids, labels, torch.tensor(lengths), Totals(len(lengths), sum(lengths), len(lengths)))
-
-
 def test_blocks_are_trained_as_on_a_cpu(tmp_path: Path) -> None:
-    steps = [[make_batch([18, 20, 12], 1)], [make_batch([7, 9], 2)]]
+    steps = [[make_batch([18, 20, 12], seed=1)], [make_batch([7, 9], seed=2)]]
     options: dict[str, Any] = {"schedule": "linear", "warmup_ratio": 0.1, "weight_decay": 0.0, "adam_beta2": 0.95}
     options |= {"max_grad_norm": 1.0, "precision": "float32", "report_every": 5, "checkpoint_every": 1000}
     errors: dict[str, list[float]] = {"cpu": [], "cuda": []}
@@ -94,56 +76,54 @@ def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [make_model, lambda: student_of(make_model())])
-def test_a_replayed_decoder_is_the_decoder(
-    make: Callable[[], PreTrainedModel], precision: str, stack: ExitStack
-) -> None:
+def test_a_replayed_decoder_is_the_decoder(make: Callable[[], PreTrainedModel], precision: str) -> None:
     plain = make().requires_grad_(True)
     replayed = copy.deepcopy(plain)
     tolerance = 1e-3 if precision == "float32" else 0.1
-    stack.enter_context(replayed_decoder(replayed, GPU))
-    for seed, lengths in enumerate([[18, 20, 12], [7, 9], [20, 20, 1], [9, 3], [200] * 40]):
-        batch = make_batch(lengths, seed).to(GPU)
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, gradients = loss_and_gradients(plain, batch)
-            found, mine = loss_and_gradients(replayed, batch)
-        torch.testing.assert_close(found, loss, rtol=tolerance, atol=tolerance)
-        assert mine.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            assert (mine[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-6, name
-        with torch.no_grad():
-            for model in (plain, replayed):
-                for parameter in model.parameters():
-                    parameter.mul_(1.02)
+    with replayed_decoder(replayed, GPU):
+        for seed, lengths in enumerate([[18, 20, 12], [7, 9], [20, 20, 1], [9, 3], [200] * 40]):
+            batch = make_batch(lengths, seed=seed).to(GPU)
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss, gradients = loss_and_gradients(plain, batch)
+                found, mine = loss_and_gradients(replayed, batch)
+            torch.testing.assert_close(found, loss, rtol=tolerance, atol=tolerance)
+            assert mine.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                assert (mine[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-6, name
+            with torch.no_grad():
+                for model in (plain, replayed):
+                    for parameter in model.parameters():
+                        parameter.mul_(1.02)
 
 
-def test_every_part_of_the_loss_is_replayed_and_can_be_differentiated_apart(stack: ExitStack) -> None:
+def test_every_part_of_the_loss_is_replayed_and_can_be_differentiated_apart() -> None:
     teacher = make_model()
     student, plain = student_of(teacher), student_of(teacher)
     replayed_teacher = copy.deepcopy(teacher)
-    for model in (student, replayed_teacher):
-        stack.enter_context(replayed_decoder(model, GPU))
-    for seed, lengths in enumerate([[18, 16, 12], [40, 3, 11], [9, 9, 16]]):
-        batch = make_batch(lengths, seed).padded(16).to(GPU)
-        expected, wanted = step(plain, teacher, batch, torch.float32)
-        found, gradients = step(student, replayed_teacher, batch, torch.float32)
-        for part, value in expected.items():
-            torch.testing.assert_close(found[part], value, rtol=1e-3, atol=1e-5, msg=part)
-        for (gradient, total), (whole, _) in zip(gradients, wanted, strict=True):
-            assert (gradient - whole).norm() <= 1e-3 * whole.norm() + 1e-6
-            assert (total - whole).norm() <= 1e-3 * whole.norm() + 1e-6
+    with replayed_decoder(student, GPU), replayed_decoder(replayed_teacher, GPU):
+        for seed, lengths in enumerate([[18, 16, 12], [40, 3, 11], [9, 9, 16]]):
+            batch = make_batch(lengths, seed=seed).padded(16).to(GPU)
+            expected, wanted = step(plain, teacher, batch, torch.float32)
+            found, gradients = step(student, replayed_teacher, batch, torch.float32)
+            for part, value in expected.items():
+                torch.testing.assert_close(found[part], value, rtol=1e-3, atol=1e-5, msg=part)
+            for (gradient, total), (whole, _) in zip(gradients, wanted, strict=True):
+                assert (gradient - whole).norm() <= 1e-3 * whole.norm() + 1e-6
+                assert (total - whole).norm() <= 1e-3 * whole.norm() + 1e-6
 
 
-def test_recordings_leave_what_is_random_to_the_step(stack: ExitStack) -> None:
-    batch = make_batch([16, 9], 0).to(GPU)
+def test_recordings_leave_what_is_random_to_the_step() -> None:
+    batch = make_batch([16, 9]).to(GPU)
     drawn = []
-    for records in (True, False):
-        model = student_of(make_model())
-        add_dropout(model, 0.5)
-        stack.enter_context(replayed_decoder(model.train(), GPU))
-        if not records:
-            losses.hidden_states(model, batch)
-        torch.manual_seed(7)
-        drawn.append(losses.hidden_states(model, batch).detach().clone())
+    with ExitStack() as stack:
+        for records in (True, False):
+            model = student_of(make_model())
+            add_dropout(model, 0.5)
+            stack.enter_context(replayed_decoder(model.train(), GPU))
+            if not records:
+                losses.hidden_states(model, batch)
+            torch.manual_seed(7)
+            drawn.append(losses.hidden_states(model, batch).detach().clone())
     torch.testing.assert_close(*drawn)
 
 

@@ -20,7 +20,8 @@ from bitdistill_core.stages.pack import pack_model
 from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
 from tests.core.conftest import Workshop, build, section
-from tests.core.test_engine import relative_error, tokenizer_json
+from tests.core.reference_students import relative_error, tokenizer_json
+from tests.core.students import student_of
 
 QUANTIZERS = [
     WeightQuantizer("ternary", "tensor"),
@@ -33,10 +34,9 @@ QUANTIZERS = [
 TASK: dict[str, object] = {"name": "mood", "kind": "classification"}
 
 
-def student_of(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
+def rounded_student(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
     """A student with random weights, its embeddings on the INT8 grid as distill leaves them."""
-    student = build(model_type)
-    operate(student, subln="output", sub_norm_eps=1e-6, quantizer=quantizer)
+    student = student_of(build(model_type), quantizer=quantizer)
     for embedding in {student.get_input_embeddings(), student.get_output_embeddings()}:
         embedding.weight.data.copy_(round_rows(embedding.weight.data))
     return student
@@ -48,7 +48,7 @@ def student_of(model_type: str, quantizer: WeightQuantizer) -> PreTrainedModel:
 def test_every_weight_quantizer_of_a_student_is_packed(
     tmp_path: Path, model_type: str, quantizer: WeightQuantizer
 ) -> None:
-    student = student_of(model_type, quantizer)
+    student = rounded_student(model_type, quantizer)
     pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK, encoding="2bit")
     engine = Engine.load(tmp_path / "m", num_threads=1)
     tensors = engine.model.tensors
@@ -112,7 +112,7 @@ def test_a_single_prompt_gone_wrong_is_refused(workshop: Workshop, monkeypatch: 
 
 
 def test_a_block_that_is_no_multiple_of_16_is_named_with_its_layer(tmp_path: Path) -> None:
-    student = student_of("qwen3", WeightQuantizer("ternary", "block", 8))
+    student = rounded_student("qwen3", WeightQuantizer("ternary", "block", 8))
     with pytest.raises(ValueError, match=r"a multiple of 16; got linear=model\.layers\.0\.self_attn\.q_proj .*size=8"):
         pack_model(student, tokenizer_json(), tmp_path / "m", task=TASK, encoding="2bit")
     assert not (tmp_path / "m").exists()

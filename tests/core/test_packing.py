@@ -4,7 +4,6 @@ import contextlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,65 +12,10 @@ from safetensors.numpy import save_file
 from xxhash import xxh3_128_hexdigest
 
 from bitdistill_core import packing
-from bitdistill_core.engine.config import EngineConfig, engine_config, linear_layers, norm_layers
 from bitdistill_core.engine.kernels import expand_base3
-from bitdistill_core.packing import Int8Rows, TernaryLinear, read_packed, write_student
+from bitdistill_core.packing import TernaryLinear, read_packed, write_student
 from bitdistill_core.panels import unpack_int8_rows, unpack_ternary
-
-TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 7,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 10,
-    "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "eos_token_id": 6,
-    "bitdistill": {"subln": "output", "sub_norm_eps": 1e-6},
-}
-
-
-# Every input width is a multiple of 16, the smallest block.
-WHOLE_LINES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
-# Rows of groups of base 3 and lines beside them, also within blocks of BASE3_BLOCK weights.
-BASE3_BLOCK = 112
-BASE3_GROUPS = {"hidden_size": 2 * BASE3_BLOCK, "intermediate_size": 3 * BASE3_BLOCK, "head_dim": BASE3_BLOCK}
-
-
-def student_arguments(
-    seed: int = 0, *, granularity: str = "tensor", block_size: int = 16, encoding: str = "2bit", **changes: Any
-) -> dict[str, Any]:
-    """What the pack stage hands to `write_student`, with random codes."""
-    generator = np.random.default_rng(seed)
-    config = engine_config(TINY | changes)
-    engine = EngineConfig.from_dict(config)
-    linears = {
-        name: TernaryLinear(
-            generator.integers(-1, 2, (layer.n, layer.k)).astype(np.int8),
-            generator.uniform(
-                0.2, 0.6, {"tensor": (), "row": (layer.n,), "block": (layer.n, layer.k // block_size)}[granularity]
-            ).astype(np.float32),
-            generator.standard_normal(layer.n).astype(np.float32) if layer.has_bias else None,
-            np.ones(layer.k, np.float32) if layer.has_input_norm else None,
-        )
-        for name, layer in linear_layers(engine).items()
-    }
-    codes = generator.integers(-127, 128, (engine.vocab_size, engine.hidden_size)).astype(np.int8)
-    scale, mean = (generator.random(engine.hidden_size, np.float32) for _ in range(2))
-    rows = Int8Rows(codes, np.full(engine.vocab_size, 0.01, np.float32), scale, mean)
-    return {
-        "config": config,
-        "linears": linears,
-        "embeddings": {"model.embed_tokens": rows} | ({} if engine.tie_word_embeddings else {"lm_head": rows}),
-        "norms": {name: np.ones(size, np.float32) for name, size in norm_layers(engine).items()},
-        "tokenizer_json": b"{}",
-        "encoding": encoding,
-        "created_by": "test 1",
-    }
+from tests.core.packed_files import BASE3_BLOCK, BASE3_GROUPS, WHOLE_LINES, join, reseal, split, student_arguments
 
 
 @pytest.fixture
@@ -81,23 +25,10 @@ def packed_file(tmp_path: Path) -> Path:
     return path
 
 
-def split_file(path: Path) -> tuple[dict[str, Any], bytes]:
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def join_file(path: Path, header: dict[str, Any], data: bytes, *, shift: int = 0) -> None:
-    """A file whose tensors begin `shift` bytes behind a multiple of 64."""
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % 64 + shift)
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-
-
 def with_metadata(path: Path, **changes: str) -> None:
-    header, data = split_file(path)
+    header, data = split(path.read_bytes())
     header["__metadata__"].update(changes)
-    join_file(path, header, data)
+    path.write_bytes(join(header, data))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "block"])
@@ -130,10 +61,10 @@ def test_base_three_needs_blocks_of_whole_lines(tmp_path: Path) -> None:
 
 def test_a_file_of_both_encodings_is_refused(tmp_path: Path) -> None:
     write_student(tmp_path / "m", **student_arguments())
-    header, data = split_file(tmp_path / "m")
+    header, data = split((tmp_path / "m").read_bytes())
     name = "model.layers.0.mlp.up_proj"
     header[f"{name}.w_base3"] = header.pop(f"{name}.w_packed")
-    join_file(tmp_path / "m", header, data)
+    (tmp_path / "m").write_bytes(join(header, data))
     with pytest.raises(ValueError, match=r"lacks 6 tensors .* first missing tensor=.*q_proj\.w_base3"):
         read_packed(tmp_path / "m")
 
@@ -313,39 +244,35 @@ def test_says_when_a_file_has_bytes_after_its_end(packed_file: Path) -> None:
     "name", ["model.layers.0.mlp.up_proj.w_packed", "model.norm.weight", "model.embed_tokens.rest", "tokenizer.json"]
 )
 def test_names_the_tensor_whose_bytes_are_corrupted(packed_file: Path, name: str) -> None:
-    header, data = split_file(packed_file)
-    damaged = bytearray(data)
-    damaged[header[name]["data_offsets"][1] - 1] ^= 4
-    join_file(packed_file, header, bytes(damaged))
+    header, data = split(packed_file.read_bytes())
+    data[header[name]["data_offsets"][1] - 1] ^= 4
+    packed_file.write_bytes(join(header, data))
     with pytest.raises(ValueError, match=rf"is corrupted: the checksum of tensor={name} differs"):
         read_packed(packed_file)
 
 
 def test_refuses_nan_behind_right_checksums(packed_file: Path) -> None:
-    header, data = split_file(packed_file)
-    begin, end = header["model.norm.weight"]["data_offsets"]
-    damaged = bytearray(data)
-    damaged[begin : begin + 4] = struct.pack("<f", float("nan"))
-    checksums = json.loads(header["__metadata__"]["checksums"])
-    checksums["model.norm.weight"] = xxh3_128_hexdigest(damaged[begin:end])
-    header["__metadata__"]["checksums"] = json.dumps(checksums)
-    join_file(packed_file, header, bytes(damaged))
+    header, data = split(packed_file.read_bytes())
+    begin, _ = header["model.norm.weight"]["data_offsets"]
+    data[begin : begin + 4] = struct.pack("<f", float("nan"))
+    reseal(header, data)
+    packed_file.write_bytes(join(header, data))
     with pytest.raises(ValueError, match=r"finite numbers only; got NaN or infinity in tensor=model\.norm\.weight"):
         read_packed(packed_file)
 
 
 @pytest.mark.parametrize("shift", [1, 2, 4, 32])
 def test_refuses_tensors_that_are_not_aligned(packed_file: Path, shift: int) -> None:
-    header, data = split_file(packed_file)
-    join_file(packed_file, header, data)
+    header, data = split(packed_file.read_bytes())
+    packed_file.write_bytes(join(header, data))
     read_packed(packed_file)
-    join_file(packed_file, header, data, shift=shift)
+    packed_file.write_bytes(join(header, data, shift=shift))
     with pytest.raises(ValueError, match=r"is corrupted: tensor=.* begins at byte=\d+, which is no multiple of"):
         read_packed(packed_file)
 
 
 def test_refuses_a_number_beyond_any_float_in_the_config(packed_file: Path) -> None:
-    header, _ = split_file(packed_file)
+    header, _ = split(packed_file.read_bytes())
     config = json.dumps(json.loads(header["__metadata__"]["config"]) | {"rms_norm_eps": 10**400})
     with_metadata(packed_file, config=config, config_xxh3=xxh3_128_hexdigest(config.encode()))
     with pytest.raises(ValueError, match="rms_norm_eps"):
@@ -364,7 +291,7 @@ def test_refuses_row_scales_with_which_nothing_can_be_bounded(tmp_path: Path, sc
 
 
 def test_says_when_the_config_is_corrupted(packed_file: Path) -> None:
-    header, _ = split_file(packed_file)
+    header, _ = split(packed_file.read_bytes())
     config = json.loads(header["__metadata__"]["config"]) | {"rms_norm_eps": 1e-5}
     with_metadata(packed_file, config=json.dumps(config))
     with pytest.raises(ValueError, match="is corrupted: the checksum of its config differs"):
@@ -372,21 +299,21 @@ def test_says_when_the_config_is_corrupted(packed_file: Path) -> None:
 
 
 def test_names_the_missing_tensor(packed_file: Path) -> None:
-    header, data = split_file(packed_file)
+    header, data = split(packed_file.read_bytes())
     del header["model.norm.weight"]
-    join_file(packed_file, header, data)
+    packed_file.write_bytes(join(header, data))
     with pytest.raises(ValueError, match=r"lacks 1 tensors .* first missing tensor=model\.norm\.weight"):
         read_packed(packed_file)
 
 
 def test_names_the_tensor_that_does_not_fit_the_config(packed_file: Path) -> None:
-    header, data = split_file(packed_file)
+    header, data = split(packed_file.read_bytes())
     header["model.norm.weight"]["shape"] = [2, 12]
-    join_file(packed_file, header, data)
+    packed_file.write_bytes(join(header, data))
     with pytest.raises(ValueError, match=r"tensor=model\.norm\.weight needs .* shape=\(24,\); got .*\(2, 12\)"):
         read_packed(packed_file)
     header["model.norm.weight"]["shape"] = [23]
-    join_file(packed_file, header, data)
+    packed_file.write_bytes(join(header, data))
     with pytest.raises(ValueError, match=r"is corrupted: the entry of tensor=model\.norm\.weight is .*\[23\]"):
         read_packed(packed_file)
 

@@ -6,7 +6,7 @@ tests/core/test_gpu.py has the real ones.
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,14 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from bitdistill_core import losses, replay
-from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss
 from bitdistill_core.blockwise import BlockBatch, _loss_fn
-from bitdistill_core.losses import Batch
 from bitdistill_core.passage import Passage
-from bitdistill_core.relations import captured
 from bitdistill_core.replay import replayed_decoder
-from bitdistill_core.surgery import operate
-from tests.core.test_losses import make_batch
+from tests.core.batches import make_batch
+from tests.core.loss_parts import step
+from tests.core.students import student_of
 
 GPU = torch.device("cuda")
 
@@ -85,77 +83,34 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replay._side_stream.cache_clear()
 
 
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as opened:
-        yield opened
-
-
-def student_of(model: PreTrainedModel) -> PreTrainedModel:
-    student = copy.deepcopy(model)
-    operate(student, subln="output", sub_norm_eps=1e-6)
-    return student
-
-
-def step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, precision: torch.dtype) -> tuple[Any, Any]:
-    """Every kind of loss part, twice differentiated apart as for the balance of the parts, and the whole gradient."""
-    with ExitStack() as stack:
-        states, targets = (stack.enter_context(captured(m, [1])) for m in (model, teacher))
-        ours, theirs = (stack.enter_context(captured_blocks(m)) for m in (model, teacher))
-        model.zero_grad()
-        with torch.autocast(batch.lengths.device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
-            with torch.no_grad():
-                teacher_hidden = losses.hidden_states(teacher, batch)
-            hidden = losses.hidden_states(model, batch)
-            kd = {"kd_temperature": 1.0, "variant": "paper"}
-            parts = {
-                "task": losses.task_loss(model, hidden, batch),
-                "logits": losses.logits_kd_loss(model, hidden, teacher, teacher_hidden, batch, **kd),  # type: ignore[arg-type]
-                "relations": losses.attention_kd_loss(
-                    states, targets, [(1, 1)], batch, num_relation_heads=2, variant="authors"
-                ),
-                "blocks": hidden_kd_loss(ours, theirs, batch),
-            }
-        trained = list(model.parameters())
-        apart = [torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True) for part in parts.values()]
-        torch.stack(list(parts.values())).sum().backward()
-    summed = [sum(g.float() for g in grads if g is not None) for grads in zip(*apart, strict=True)]
-    return (
-        {name: part.detach() for name, part in parts.items()},
-        [(p.grad.clone(), total) for p, total in zip(trained, summed, strict=True) if p.grad is not None],
-    )
-
-
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_replayed_decoder_is_the_decoder(
-    any_model: PreTrainedModel, precision: torch.dtype, stack: ExitStack
-) -> None:
-    teacher, student = any_model.requires_grad_(False), student_of(any_model).requires_grad_(True)
+def test_a_replayed_decoder_is_the_decoder(any_model: PreTrainedModel, precision: torch.dtype) -> None:
+    teacher, student = any_model.requires_grad_(False), student_of(any_model)
     plain = copy.deepcopy(student)
     replayed_teacher = copy.deepcopy(teacher)
-    for model in (student, replayed_teacher):
-        stack.enter_context(replayed_decoder(model, GPU))
     # longer than Gemma's sliding window of 16; of one shape three, so that two are replayed
     lengths = [[18, 20, 12], [20, 3, 11], [5, 9], [1, 20, 20]]
-    for number, own in enumerate(lengths):
-        batch = make_batch(own, [1] * len(own), seed=number)
-        expected, expected_gradients = step(plain, teacher, batch, precision)
-        found, gradients = step(student, replayed_teacher, batch, precision)
-        for part, value in expected.items():
-            torch.testing.assert_close(found[part], value, msg=part)
-        assert len(gradients) == len(expected_gradients)
-        for (gradient, total), (wanted, _) in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, wanted)
-            if precision is torch.float32:
-                torch.testing.assert_close(total, wanted, rtol=1e-3, atol=1e-5)
-        with torch.no_grad():  # a step of training
-            for model in (plain, student):
-                for index, parameter in enumerate(model.parameters()):
-                    parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    with replayed_decoder(student, GPU), replayed_decoder(replayed_teacher, GPU):
+        for number, own in enumerate(lengths):
+            batch = make_batch(own, seed=number)
+            expected, expected_gradients = step(plain, teacher, batch, precision)
+            found, gradients = step(student, replayed_teacher, batch, precision)
+            for part, value in expected.items():
+                torch.testing.assert_close(found[part], value, msg=part)
+            assert len(gradients) == len(expected_gradients)
+            for (gradient, total), (wanted, _) in zip(gradients, expected_gradients, strict=True):
+                torch.testing.assert_close(gradient, wanted)
+                if precision is torch.float32:
+                    torch.testing.assert_close(total, wanted, rtol=1e-3, atol=1e-5)
+            with torch.no_grad():  # a step of training
+                for model in (plain, student):
+                    for index, parameter in enumerate(model.parameters()):
+                        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                        parameter.add_(0.01 * noise)
 
 
 def test_a_replayed_block_is_the_block(any_model: PreTrainedModel) -> None:
-    teacher, student = any_model.requires_grad_(False), student_of(any_model).requires_grad_(True)
+    teacher, student = any_model.requires_grad_(False), student_of(any_model)
     batches = [make_batch(lengths, [1, 1], seed=n) for n, lengths in enumerate([[18, 20], [20, 7], [3, 9], [20, 20]])]
     passage, theirs = (Passage.begin(model, [batch.input_ids for batch in batches]) for model in (student, teacher))
     theirs.advance()

@@ -14,7 +14,7 @@ from bitdistill_core.report.curves import smoothed
 from bitdistill_core.report.markdown import escaped
 from bitdistill_core.report.paired import bootstrap_interval, mcnemar_p
 from bitdistill_core.report.weights import summarize
-from tests.core.test_report import MODULES, write_weights
+from tests.core.report_runs import MODULES, write_weights
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 3), (1, 9), (10, 2), (0, 40), (300, 260)])

@@ -1,4 +1,4 @@
-"""The corpus as a stream that breaks off and goes on; the stream of a hub data set is one of local files here."""
+"""Data files; the corpus as a stream that breaks off and goes on, where a hub data set is one of local files."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -12,7 +12,7 @@ import pytest
 
 from bitdistill_core import sources
 from bitdistill_core.config import Params
-from bitdistill_core.sources import Corpus
+from bitdistill_core.sources import Corpus, locate, read_rows
 from bitdistill_core.stages import data
 
 TEXTS = [f"text {number}" for number in range(20)]
@@ -89,3 +89,67 @@ def test_a_corpus_column_of_numbers_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1, 2]}), path)
     with pytest.raises(ValueError, match="a corpus holds texts; got n=1; "):
         list(Corpus(path, "n", limit=0))
+
+
+def test_parquet_sources(tmp_path: Path) -> None:
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    pq.write_table(pa.table({"sentence": ["x"], "label": [1]}), tmp_path / "glue" / "sst2" / "validation-0.parquet")
+    source = locate("nyu-mll/glue", "sst2", str(tmp_path))
+    assert list(read_rows(source, "validation", "sst2")) == [{"sentence": "x", "label": 1}]
+    with pytest.raises(ValueError, match=r"no file of split=train .* holds validation-0\.parquet"):
+        list(read_rows(source, "train", "sst2"))
+    with pytest.raises(ValueError, match="holds no data for nyu-mll/other; tried"):
+        locate("nyu-mll/other", None, str(tmp_path))
+    assert locate("nyu-mll/glue", "sst2", None) == "nyu-mll/glue"
+    assert locate("nyu-mll/glue@main", "sst2", str(tmp_path)) == source
+    assert locate("nyu-mll/glue@refs/pr/1", "sst2", None) == "nyu-mll/glue@refs/pr/1"
+    (tmp_path / "c@2.jsonl").write_text("{}")
+    assert locate("c@2.jsonl", None, str(tmp_path)) == tmp_path / "c@2.jsonl"
+    file = tmp_path / "glue" / "sst2" / "validation-0.parquet"
+    assert locate(str(file), None, str(tmp_path / "glue")) == file
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", '{"text": "a, b", "label": 1, "split": "train"}\n\n{"text": "c", "label": 0, "split": "test"}\n'),
+        ("d.csv", 'text,label,split\n"a, b",1,train\nc,0,test\n'),
+        ("bom.jsonl", '\ufeff{"text": "a, b", "label": 1, "split": "train"}\n'),
+        ("bom.csv", '\ufefftext,label,split\n"a, b",1,train\n'),
+    ],
+)
+def test_one_file_with_a_split_column(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    (row,) = read_rows(tmp_path / name, "train", None)
+    assert {**row, "label": int(row["label"])} == {"text": "a, b", "label": 1, "split": "train"}
+
+
+def test_one_file_without_a_split_column_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"needs a column split.* with columns text, label; add it, or give a dir"):
+        list(read_rows(tmp_path / "d.jsonl", "test", None))
+
+
+def test_texts_of_a_csv_file_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n007,1\n--5,0\n,1\n")
+    assert [row["text"] for row in read_rows(tmp_path, "train", None)] == ["007", "--5", ""]
+
+
+@pytest.mark.parametrize("line", ["a, with a comma,1", "lonely"])
+def test_a_ragged_csv_file_is_an_error(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.csv").write_text(f"text,label\nfine,1\n{line}\n")
+    with pytest.raises(ValueError, match=r"as many values as there are columns; got line=3 in .*columns=text, label"):
+        list(read_rows(tmp_path, "train", None))
+
+
+def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{no json")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    for name in ("a.jsonl", "b.parquet"):
+        with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
+            list(read_rows(tmp_path / name, "train", None))
+    (tmp_path / "c.jsonl").write_text('{"split": "train"}\n[1]\n')
+    with pytest.raises(ValueError, match="a line must be one JSON object; got line=2"):
+        list(read_rows(tmp_path / "c.jsonl", "train", None))
+    with pytest.raises(ValueError, match=r"give a \.parquet, \.jsonl, \.csv file"):
+        locate(str(tmp_path / "none.parquet"), None, None)

@@ -23,7 +23,7 @@ from bitdistill_core.stages import distill, pretrain, surgery, teacher
 from bitdistill_core.stages.distill import layer_pairs
 from bitdistill_core.stages.training import clear_thresholds, load_teacher, quantization_warmup
 from tests.core.conftest import Workshop, build, section
-from tests.core.test_block_outputs import block_outputs
+from tests.core.hooks import block_outputs
 
 
 @pytest.fixture

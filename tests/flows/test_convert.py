@@ -9,12 +9,13 @@ import pytest
 from mlflow import MlflowClient
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ParameterTypeError
 
 from bitdistill_core.pipeline import NODES
 from flows.convert import convert, override_strings
 from tests.conftest import ROOT
+from tests.flows.artifacts import artifact
 
 PARAMS = ROOT / "params.yaml"
 
@@ -22,13 +23,6 @@ PARAMS = ROOT / "params.yaml"
 @pytest.fixture
 def run_dir(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "runs/demo"))
-
-
-def artifact(key: str) -> str:
-    """The data of the latest artifact of that key."""
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
-    return str(max(found, key=lambda item: item.updated).data)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The tables as a Prefect flow, on a real server, at a scale of seconds."""
 
 import fcntl
+import json
 import logging
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Timer
@@ -15,14 +17,33 @@ from prefect.exceptions import ParameterTypeError
 
 from bitdistill_core.manifest import locked
 from bitdistill_core.tables import run
+from bitdistill_core.tables.plan import read_plan
+from bitdistill_core.tables.speed import SPEED, measure_speed
 from flows.tables import tables
 from tests.conftest import ROOT
-from tests.flows.test_convert import artifact
+from tests.flows.artifacts import artifact
 
 
 @pytest.fixture
 def options(tiny_scale: Path) -> dict[str, Any]:
     return {"profile": "tiny", "plans": tiny_scale, "params_file": ROOT / "params.yaml", "track": False}
+
+
+@pytest.fixture(scope="module")
+def speed(tiny_scale: Path, finished_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The measured speed of the base of `finished_tables`: measuring takes longer than the cells do."""
+    results = tmp_path_factory.mktemp("speed")
+    plan = read_plan(tiny_scale, "tiny", ROOT / "params.yaml")
+    assert measure_speed(plan, store=finished_tables / "store", results=results)
+    return results / SPEED
+
+
+@pytest.fixture
+def known(stored_stages: Path, speed: Path, tmp_path: Path) -> Path:
+    """A folder where stages and speed are found; cells have no results."""
+    (tmp_path / "results/tiny").mkdir(parents=True)
+    shutil.copy(speed, tmp_path / "results/tiny")
+    return tmp_path
 
 
 def task_states(state: State[Any]) -> dict[str, str]:
@@ -43,12 +64,14 @@ def test_every_cell_is_a_task_run_and_finished_ones_are_found(options: dict[str,
     readme = (tmp_path / "results/tiny/README.md").read_text()
     assert artifact("tables") == readme
     assert "2 of 3 cells are there" in readme
+    assert list(json.loads((tmp_path / "results/tiny" / SPEED).read_text())) == ["small"]
 
     again = tables(**options, groups=["table1"], return_state=True)
     assert again.result() == state.result()
     assert task_states(again) == {}
 
 
+@pytest.mark.usefixtures("known")
 def test_a_failing_cell_fails_its_task_and_at_last_the_flow(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,6 +94,7 @@ def test_a_spent_budget_leaves_cells_and_a_cancelled_task(
     assert "the budget of 0.05 minutes is spent; cells left: 2" in caplog.text
 
 
+@pytest.mark.usefixtures("known")
 def test_a_cell_of_another_process_is_waited_for(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "POLL_SECONDS", 0.5)
     with ExitStack() as other:

@@ -19,17 +19,25 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from xxhash import xxh3_128_hexdigest
 
 from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.packing import write_student
-from tests.core.test_packing import BASE3_BLOCK, BASE3_GROUPS, WHOLE_LINES, student_arguments
+from tests.core.packed_files import (
+    BASE3_BLOCK,
+    BASE3_GROUPS,
+    TOKENIZER,
+    WHOLE_LINES,
+    Header,
+    join,
+    reseal,
+    split,
+    student_arguments,
+    tensor_names,
+)
 
-TOKENIZER = b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2},"merges":[]}}'
 SECONDS_A_FILE = 60
 
-Header = dict[str, Any]
 Mutation = Callable[[random.Random, Header, bytearray], None]
 
 STRANGE: list[Any] = [
@@ -59,36 +67,6 @@ def base_files(directory: Path) -> list[bytes]:
         write_student(directory / "base", **arguments)
         files.append((directory / "base").read_bytes())
     return files
-
-
-def split(content: bytes) -> tuple[Header, bytearray]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
-
-
-def join(header: Header, data: bytes, shift: int = 0) -> bytes:
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % 64 + shift)
-    return struct.pack("<Q", len(encoded)) + encoded + bytes(data)
-
-
-def tensor_names(header: Header) -> list[str]:
-    return [name for name in header if name != "__metadata__"]
-
-
-def reseal(header: Header, data: bytes) -> None:
-    """Makes every checksum right again, so that what is behind it is reached."""
-    metadata = header["__metadata__"]
-    checksums = {}
-    for name in tensor_names(header):
-        try:
-            begin, end = header[name]["data_offsets"]
-            checksums[name] = xxh3_128_hexdigest(data[begin:end])
-        except (TypeError, ValueError, KeyError):
-            continue
-    metadata["checksums"] = json.dumps(checksums)
-    if isinstance(metadata.get("config"), str):
-        metadata["config_xxh3"] = xxh3_128_hexdigest(metadata["config"].encode())
 
 
 def change_config(rng: random.Random, header: Header, data: bytearray) -> None:

@@ -23,18 +23,10 @@ def plan(tiny_scale: Path) -> Plan:
     return read_plan(tiny_scale, "tiny", ROOT / "params.yaml")
 
 
-@pytest.fixture(scope="module")
-def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of group table1, made without tracking. Copy them before changing them."""
-    folder = tmp_path_factory.mktemp("tables")
-    outcome = run_tables(plan, store=folder / "store", results=folder / "results", groups=["table1"], track=False)
-    assert len(outcome.finished) == 2
-    return folder / "results"
-
-
 @pytest.fixture
-def results(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "results"))
+def results(finished_tables: Path, tmp_path: Path) -> Path:
+    """Results of group table1, made without tracking."""
+    return Path(shutil.copytree(finished_tables / "results", tmp_path / "results"))
 
 
 def runs_of(client: MlflowClient, name: str) -> list[Run]:
@@ -97,11 +89,15 @@ def test_an_interrupted_run_is_completed(client: MlflowClient, plan: Plan, resul
 
 
 def test_a_dead_server_costs_one_warning_and_no_cell(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plan: Plan,
+    stored_stages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD_SERVER)
     with caplog.at_level(logging.WARNING):
-        outcome = run_tables(plan, store=tmp_path / "store", results=tmp_path / "results", groups=["table1"])
+        outcome = run_tables(plan, store=stored_stages, results=tmp_path / "results", groups=["table1"])
     assert len(outcome.finished) == 2
     assert all(result_path(tmp_path / "results", cell).is_file() for cell in outcome.finished)
     assert [record.name for record in caplog.records].count("tasks.tables") == 1
