@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.calibration import _groups, calibrate, preserving_gain
-from bitdistill_core.quantize.awq import fold
+from bitdistill_core.quantize.awq import channel_scale, fold
 from bitdistill_core.quantize.gptq import gptq
 from bitdistill_core.quantize.weight import WeightQuantizer, fake_quantize_weight, quantize_weight
 from bitdistill_core.surgery import operate
@@ -146,6 +146,24 @@ def test_awq_reports_the_errors_that_a_forward_pass_shows(any_model: PreTrainedM
         assert error.relative_error_after == pytest.approx(expected, rel=1e-3)
         assert error.relative_error_after < error.relative_error_before
     assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= scaled
+
+
+@torch.no_grad()
+def test_awq_searches_on_the_products_of_channels_too() -> None:
+    model = build("llama")
+    with_outliers(model)
+    model.get_input_embeddings().weight.add_(torch.randn(32, generator=torch.Generator().manual_seed(1)))  # correlated
+    student = student_of(model, "none")
+    calibrate(student, INPUT_IDS, subln_gain="one", initializer="awq")
+    block, calibrated = (m.get_decoder().layers[0] for m in (model, student))
+    x = block.input_layernorm(model.get_input_embeddings()(INPUT_IDS)).flatten(0, 1)
+    weights = [block.self_attn.get_submodule(f"{name}_proj").weight for name in "qkv"]
+    gram, magnitude = x.T @ x, x.abs().mean(dim=0)
+    expected = channel_scale(weights, gram, magnitude, QUANTIZERS[0])
+    of_channels_alone = channel_scale(weights, torch.diag(gram.diagonal()), magnitude, QUANTIZERS[0])
+    found = block.input_layernorm.weight / calibrated.input_layernorm.weight
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(of_channels_alone, expected, rtol=1e-2)
 
 
 def norm_before(student: PreTrainedModel, name: str) -> Tensor | None:

@@ -55,12 +55,12 @@ def test_blocks_are_trained_as_on_a_cpu(tmp_path: Path) -> None:
             teacher,
             steps,
             name="blockwise",
-            num_epochs=20,
+            num_epochs=5,
             seed=0,
             work_dir=tmp_path / name,
             report=lambda metrics, _, log=log: log.extend(v for k, v in metrics.items() if k.endswith("block_error")),
             device=device,
-            learning_rate=3e-3,
+            learning_rate=3e-4,  # of a higher one rounding makes other codes
             **options,
         )
     assert len(errors["cuda"]) == 3
