@@ -96,7 +96,9 @@ def train_blocks(
             weights = _next_gains(teacher, index) if channel_weights == "next_norm" else None
             finished = work_dir / f"block-{index}.safetensors"
             if finished.is_file():
-                block.load_state_dict(load_file(finished))
+                with train.damage_named(finished):
+                    state = load_file(finished)
+                block.load_state_dict(state)
             else:
                 train.fit(
                     block,
@@ -157,7 +159,8 @@ def _next_gains(teacher: PreTrainedModel, index: int) -> Tensor:
 
 def read_block_metrics(work_dir: Path) -> Metrics:
     """What `train_blocks` returned when it finished in `work_dir`."""
-    metrics: Metrics = json.loads((work_dir / METRICS).read_text())
+    with train.damage_named(work_dir / METRICS):
+        metrics: Metrics = json.loads((work_dir / METRICS).read_text())
     return metrics
 
 
@@ -193,5 +196,6 @@ def _save(block: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({key: value.detach().cpu().contiguous() for key, value in block.state_dict().items()}, temporary)
+    train.sync(temporary)
     os.replace(temporary, path)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)

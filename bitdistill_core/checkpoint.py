@@ -113,14 +113,10 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         ValueError: not found, unreadable, or an unsupported architecture.
     """
     source: dict[str, Any] = {}
-    path = _local_path(checkpoint)
+    path = _local_model(checkpoint)
     if path is not None and path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no GGUF file at base.checkpoint={checkpoint}")
         source, checkpoint = {"gguf_file": path.name}, str(path.parent)
     elif path is not None:
-        if not (path / "config.json").is_file():
-            raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
         checkpoint = str(path)
     else:
         checkpoint, source["revision"] = hub_parts(checkpoint)
@@ -162,6 +158,11 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
             f"a base model has every weight of its architecture; got missing={len(missing)} in base.checkpoint="
             f"{checkpoint}, the first {missing[0]}; take a causal language model, not a classifier or an adapter"
         )
+    broken = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise ValueError(
+            f"a base model's weights must be finite; got NaN or infinity in tensor={broken} of {checkpoint}"
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # a file that holds a head of its own, whatever its config says: `save_model` must keep it
@@ -171,8 +172,8 @@ def load_pretrained(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def local_files(checkpoint: str) -> list[Path]:
-    """The files of a checkpoint that lies on this machine; none for a hub id."""
-    path = _local_path(checkpoint)
+    """The files of a checkpoint that lies on this machine; none for a hub id. Raises ValueError where it has none."""
+    path = _local_model(checkpoint)
     if path is None:
         return []
     return [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
@@ -185,6 +186,19 @@ def hub_source(checkpoint: str) -> dict[str, str] | None:
     repository, revision = hub_parts(checkpoint)
     cached = try_to_load_from_cache(repository, "config.json", revision=revision)
     return {"repository": repository, "commit": Path(cached).parent.name} if isinstance(cached, str) else None
+
+
+def _local_model(checkpoint: str) -> Path | None:
+    """The GGUF file or directory that a checkpoint on this machine is; None for a hub id."""
+    path = _local_path(checkpoint)
+    if path is None:
+        return None
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at base.checkpoint={checkpoint}")
+    elif not (path / "config.json").is_file():
+        raise ValueError(f"base.checkpoint={checkpoint} is no model directory: no config.json in it")
+    return path
 
 
 def _local_path(checkpoint: str) -> Path | None:
@@ -205,6 +219,8 @@ def _load_config(source: str, **options: Any) -> Any:
 
 def _package_file(name: str) -> Path:
     module, _, file = name.partition("/")
+    if not module.isidentifier():  # of a dotted name the package in front would be imported
+        raise ValueError(f"base.checkpoint must be package:MODULE/file.gguf; got package:{name}")
     spec = find_spec(module)  # finds the package without running its code
     if spec is None or spec.origin is None:
         raise ValueError(f"base.checkpoint needs the Python package that holds module={module}; pip install it")

@@ -3,6 +3,7 @@
 Tasks and flows are imported inside the commands that need them, so `--help` and inference stay fast.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="The parameter file."
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")]
 Profile = Annotated[str, typer.Option(help="demo, or a file name in profiles/.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a parameter.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Replace every seed; the run is then called PROFILE-seedN.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=10**12, help="Replace every seed; the run is then called PROFILE-seedN.")
+]
 DataRoot = Annotated[str | None, typer.Option(help="Read parquet below this directory instead of the hub.")]
 Name = Annotated[str | None, typer.Option(help="Name of the run, runs/NAME.")]
 Threads = Annotated[int, typer.Option(min=0, help="0: every core.")]
@@ -51,8 +54,12 @@ def convert(
     with one_line_errors():
         from bitdistill_core.params import load_params, run_name
 
-        load_params(params_file, profile=profile, overrides=overrides, seed=seed)  # fails before a server starts
+        changes = overrides if data_root is None else [*overrides, f"data.data_root={json.dumps(data_root)}"]
+        params = load_params(params_file, profile=profile, overrides=changes, seed=seed)
         run_name(profile, seed=seed, name=name)
+        from bitdistill_core.pipeline import require_sources
+
+        require_sources(params)  # what is wrong so far is said before a server starts
         from flows.convert import run_locally
 
         result = run_locally(
@@ -88,6 +95,10 @@ def stage(
         if data_root is not None:
             overrides = [*overrides, f"data.data_root={json.dumps(data_root)}"]
         params = load_params(params_file, profile=profile, overrides=overrides, seed=seed)
+        if stage_name != "track":
+            from bitdistill_core.pipeline import find_node
+
+            find_node(stage_name)
         run_dir = runs_dir / run_name(profile, seed=seed, name=name)
         if stage_name == "track":
             from tasks import tracking
@@ -134,7 +145,7 @@ def classify(
             scores = engine.score([prompt for _, prompt in group], choices, truncate=True)
             for (text, _), row in zip(group, scores, strict=True):
                 best = int(row.argmax())
-                print(f"{template.label_words[best]}\t{np.exp(row[best]):.3f}\t{text}", flush=True)
+                print(f"{template.label_words[best]}\t{np.exp(row[best]):.3f}\t{' '.join(text.split())}", flush=True)
 
         group: list[tuple[str, str]] = []
         for place, text in _numbered(texts):
@@ -204,7 +215,15 @@ def bench(
         from bitdistill_core.engine.model import Engine
 
         path = packed_path(model)
+        if against is not None and not (against / "config.json").is_file():
+            raise ValueError(f"--against needs a checkpoint directory; got no config.json in path={against}")
         engine = Engine.load(path, num_threads=num_threads)
+        window = engine.config.max_position_embeddings
+        if prompt_tokens + new_tokens > window:
+            raise ValueError(
+                f"prompt and new tokens must fit the model's window; got prompt_tokens={prompt_tokens}, "
+                f"new_tokens={new_tokens}, window={window}; lower them"
+            )
         models = {"packed": path, **({"pytorch": against} if against is not None else {})}
         timings = latency.measure(
             models,
@@ -282,25 +301,30 @@ def _numbered(texts: list[str]) -> Iterator[tuple[str, str]]:
         if text != "-":
             yield f"text {number}", text
             continue
+        if sys.stdin is None:
+            raise ValueError("- reads texts from standard input, which is closed")
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no UTF-8 is found with its line
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         yield from ((f"line {i}", line.rstrip("\r\n")) for i, line in enumerate(sys.stdin, 1) if line.strip())
 
 
 def _prompt(template: Any, text: str) -> str:
     """The task's prompt of one text; where it has several columns, of a JSON object."""
+    columns = template.columns
+    row: Any = {columns[0]: text}
+    if len(columns) > 1:
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not set(columns) <= row.keys():
+            raise ValueError(f"this task needs a JSON object with the columns {', '.join(columns)}; got {text[:200]!r}")
+    prompt = str(template.render_prompt(row))
     try:
-        text.encode()
+        prompt.encode()
     except UnicodeEncodeError:
         raise ValueError(f"a text must be UTF-8; got {text[:80]!r}; convert it") from None
-    columns = template.columns
-    if len(columns) == 1:
-        return str(template.render_prompt({columns[0]: text}))
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict) or not set(columns) <= row.keys():
-        raise ValueError(f"this task needs a JSON object with the columns {', '.join(columns)}; got {text[:200]!r}")
-    return str(template.render_prompt(row))
+    return prompt
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitdistill_core.templates import TEMPLATES, Template
 
+MAX_SEED = 10**12  # times a million, and a step, is a seed of PyTorch's
+MAX_THREADS = 1024
+
 
 class Section(BaseModel):
     """A section of params.yaml. Frozen; an unknown key is an error."""
@@ -21,7 +24,7 @@ class RuntimeConfig(Section):
     """params.yaml section `runtime`: what the machine is. Never part of a stage's fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"]
-    num_threads: int = Field(ge=0)  # 0: every core
+    num_threads: int = Field(ge=0, le=MAX_THREADS)  # 0: every core
 
 
 class DataConfig(Section):
@@ -49,6 +52,16 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _splits_are_names(self) -> "DataConfig":
+        for name in (self.train_split, *self.eval_splits):  # of files, and in the report
+            if not name.isprintable() or name.startswith(".") or set(name) & set("/\\$") or not 1 <= len(name) <= 100:
+                raise ValueError(
+                    "a split must be a name of 1 to 100 printable characters without / \\ $ that begins with no dot; "
+                    f"got split={name[:120]!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _splits_differ(self) -> "DataConfig":
         wrong = {"train", self.train_split} & set(self.eval_splits)
         if wrong:  # the training examples are kept under the name train
@@ -56,6 +69,8 @@ class DataConfig(Section):
                 "data.eval_splits must be other splits than data.train_split, and none named train; "
                 f"got {sorted(wrong)}"
             )
+        if len(set(self.eval_splits)) < len(self.eval_splits):
+            raise ValueError(f"data.eval_splits must be different splits; got eval_splits={self.eval_splits}")
         return self
 
     @property
@@ -67,7 +82,7 @@ class DataConfig(Section):
 class TrainSection(Section):
     """What every training stage shares."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=MAX_SEED)
     batch_size: int = Field(gt=0)  # sequences an optimiser step
     gradient_accumulation: int = Field(gt=0)  # micro-batches a step; must divide batch_size
     learning_rate: float = Field(gt=0)
@@ -163,7 +178,7 @@ class SurgeryConfig(Section):
     calibration: Literal["corpus", "examples"]  # texts for initializer and subln_gain
     calibration_sequences: int = Field(gt=0)
     calibration_length: int = Field(gt=1)  # tokens a sequence
-    seed: int = Field(ge=0)  # of the choice of texts
+    seed: int = Field(ge=0, le=MAX_SEED)  # of the choice of texts
 
     @property
     def is_calibrated(self) -> bool:

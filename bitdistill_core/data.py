@@ -84,11 +84,16 @@ def load_examples(
     prompts, answers = table["prompt"].to_pylist(), table["answer"].to_pylist()
     unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
     leading = len(leading_mark(tokenizer))
-    examples = []
+    examples: list[Example] = []
     for prompt_ids, answer in zip(encode_prompts(tokenizer, prompts), answers, strict=True):
         whole = unique_answers[answer]
         answer_ids = whole[: max(1, max_length // 2)] if is_generation else whole
         room = max_length - len(answer_ids)
+        if len(prompt_ids) <= leading:
+            raise ValueError(
+                f"a prompt must have a token; got none in {prompts[len(examples)][:200]!r}, example={len(examples)} of "
+                f"path={path}; drop the row, or take a tokenizer that knows its characters"
+            )
         if room < 2:
             raise ValueError(
                 f"max_length={max_length} leaves no room for a prompt beside an answer of {len(answer_ids)} tokens; "

@@ -62,7 +62,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         outputs: Mapping[str, str] = manifest["outputs"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"unreadable manifest path={path}; delete {directory} and run the stage again") from None
     for name, digest in outputs.items():
         file = directory / name
@@ -263,7 +263,7 @@ def _finished(directory: Path, fingerprint: str) -> Result | None:
         if json.loads(path.read_text()).get("fingerprint") != fingerprint:
             return None  # before its outputs are read
         manifest = read_manifest(directory)
-    except ValueError:
+    except (ValueError, AttributeError):
         return None  # damaged: make it again
     metrics: Metrics = json.loads((directory / METRICS).read_text())
     return Result(directory, metrics, was_up_to_date=True, seconds=float(manifest["seconds"]))

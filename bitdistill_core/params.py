@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"no parameter file at path={path}; run from the project's root or give its path")
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text())
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"parameter file path={path} is not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"parameter file path={path} must hold sections; got {type(values).__name__}")

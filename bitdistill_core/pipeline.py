@@ -108,6 +108,13 @@ def find_node(name: str) -> Node:
     raise ValueError(f"unknown stage={name}; the stages are {', '.join(node.name for node in NODES)}")
 
 
+def require_sources(params: Params) -> None:
+    """Raises ValueError for files of the data or of the base model that are not there."""
+    for node in NODES:
+        if hasattr(node.stage, "sources"):
+            node.stage.sources(getattr(params, node.section))
+
+
 def _depends_on(node: Node) -> dict[str, Any]:
     """What else than parameters, inputs and version makes another result of a stage."""
     if node.stage is pack:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 
 from bitdistill_core.errors import one_line
 
+csv.field_size_limit(2**31 - 1)  # long texts are texts
+
 Source = Path | str  # a local file or directory, or a hub id
 ENDINGS = (".parquet", ".jsonl", ".csv")
 
@@ -157,10 +159,7 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
             with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(f"a line must be one JSON object; got line={number} in path={path}")
-                        yield row
+                        yield _json_object(line, f"line={number} in path={path}")
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel writes a byte order mark
                 reader = csv.DictReader(lines)
@@ -173,11 +172,21 @@ def _iter_file(path: Path) -> Iterator[Mapping[str, Any]]:
                     yield row
         else:
             raise ValueError(f"a data file ends in {_ENDINGS}; got path={path}")
-    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"unreadable data file path={path}: {one_line(error)}") from None
 
 
 _ENDINGS = ", ".join(ENDINGS)
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and a thousand brackets
+        raise ValueError(f"unreadable data file, {place}: {one_line(error)}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be one JSON object; got {place}")
+    return row
 
 
 def _load_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Any:

@@ -32,10 +32,20 @@ class Template(BaseModel):
             raise ValueError(f"a template's prompt must not end in white space; got prompt={self.prompt!r}")
         if not self.columns:
             raise ValueError(f"a template's prompt must name a column in braces; got prompt={self.prompt!r}")
-        if self.kind == "classification" and len(set(self.label_words)) < 2:
+        if self.answer_column in self.columns:
+            raise ValueError(
+                f"a template's prompt must not show the answer; got answer_column={self.answer_column!r} in it"
+            )
+        if self.kind == "classification" and len(self.label_words) < 2:
             raise ValueError(f"classification needs at least 2 different label_words; got {self.label_words}")
+        if len(set(self.label_words)) < len(self.label_words):
+            raise ValueError(f"label_words must all be different; got {self.label_words}")
         if any(word != word.strip() or not word for word in self.label_words):
             raise ValueError(f"label_words must be words without outer spaces; got {self.label_words}")
+        if any(isinstance(value, str) and value != value.strip() for value in self.label_values):
+            raise ValueError(
+                f"label_values must be without outer spaces, which are cut off labels; got {self.label_values}"
+            )
         if self.label_values and len(set(self.label_values)) != len(self.label_words):
             raise ValueError(
                 "label_values must be one different value for each of label_words, or none; got "
@@ -60,13 +70,10 @@ class Template(BaseModel):
         return self.prompt.format_map({name: _one_line(self._value(row, name)) for name in self.columns})
 
     def render_answer(self, row: Mapping[str, Any]) -> str:
-        """The answer of a row, with its leading space. Raises ValueError as `label` does, or for an empty text."""
+        """The answer of a row, with its leading space. Raises ValueError as `label` and `render_prompt` do."""
         if self.kind == "classification":
             return " " + self.label_words[self.label(row)]
-        text = str(self._value(row, self.answer_column)).strip()
-        if not text:
-            raise ValueError(f"an answer must not be empty; got {self.answer_column}={text!r}; drop the row")
-        return " " + text
+        return " " + str(self._value(row, self.answer_column)).strip()
 
     def label(self, row: Mapping[str, Any]) -> int:
         """Which of `label_words` is the answer of a row. Raises ValueError for a label that stands for none."""
@@ -95,7 +102,8 @@ class Template(BaseModel):
         if column not in row:
             raise ValueError(f"the template needs column {column}; the columns are {', '.join(row)}; fix data.template")
         value = row[column]
-        if value is None or value == "" or value != value:  # CSV and pandas (NaN) write a missing text so
+        is_blank = isinstance(value, str) and not value.strip()
+        if value is None or is_blank or value != value:  # CSV and pandas (NaN) write a missing text so
             raise ValueError(
                 f"a row must have a value where the template needs it; got {column}={value!r}; drop the row"
             )

@@ -9,14 +9,17 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bitdistill_core.errors import one_line
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.schedules import Schedule, learning_rate_factor
 
@@ -246,6 +249,26 @@ def _latest(work_dir: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Whatever a damaged checkpoint of a training raises while it is read, as a ValueError that says what to delete."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"unreadable training checkpoint path={path}: {one_line(error)}; delete it to begin that training again"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a directory's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: _Balance) -> None:
     """Writes work_dir/step-N atomically and removes older ones."""
     final, temporary = work_dir / f"step-{step}", work_dir / "saving"
@@ -261,6 +284,8 @@ def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
     }
     save_file(moments, temporary / "optimizer.safetensors")
     (temporary / "step.json").write_text(json.dumps({"step": step, "grad_norms": balance.norms}))
+    for path in (*temporary.iterdir(), temporary):  # on the disk before the older one goes
+        sync(path)
     older = _latest(work_dir)
     os.replace(temporary, final)
     if older is not None and older != final:
@@ -272,16 +297,17 @@ def _resume(work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
     latest = _latest(work_dir)
     if latest is None:
         return 0
-    weights = load_file(latest / "model.safetensors")
+    with damage_named(latest):
+        weights = load_file(latest / "model.safetensors")
+        moments = load_file(latest / "optimizer.safetensors")
+        record = json.loads((latest / "step.json").read_text())
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(weights[parameter_name])
-    moments = load_file(latest / "optimizer.safetensors")
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in moments.items():
         index, _, field = key.partition(".")
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    record = json.loads((latest / "step.json").read_text())
     balance.norms = record["grad_norms"]
     return int(record["step"])

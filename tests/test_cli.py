@@ -1,6 +1,7 @@
 """The command line: help fits a screen, an error is one line and exit code 1."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ def test_every_command_has_help(command: str) -> None:
     [
         (["convert", "--set", "distill.lr=1"], "unknown key in override 'distill.lr=1': lr; the keys are"),
         (["convert", "--profile", "none"], "unknown profile=none; the profiles are demo"),
+        (
+            ["convert", "--set", "base.checkpoint=./none"],
+            "base.checkpoint=./none is no model directory: no config.json",
+        ),
+        (["convert", "--set", "data.examples=./none.jsonl"], "./none.jsonl"),
         (["convert", "--name", "a/b"], "the name of a run must be one directory name"),
         (["stage", "nothing", "--no-track"], "unknown stage=nothing; the stages are data, base"),
         (
@@ -112,6 +118,33 @@ def test_bytes_that_are_not_utf8_are_one_error(tmp_path: Path) -> None:
         assert result.returncode == 1
         assert result.stderr.startswith("error: ")
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_byte_that_is_not_utf8_is_found_with_its_line(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{a}:", "label_words": ["bad", "good"]})
+    strict = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(
+        [BITDISTILL, "classify", model, "-"],
+        input=b"\xef\xbb\xbfx\ty\nx\xffy\nz\n",  # a byte order mark, and a tab, which must not make a column
+        capture_output=True,
+        check=False,
+        env=strict,
+    )
+    assert result.returncode == 1
+    assert result.stderr.decode().startswith("error: line 2: a text must be UTF-8; got ")
+    assert [line.split("\t")[2] for line in result.stdout.decode().splitlines()] == ["x y"]
+
+
+def test_what_cannot_be_measured_is_refused_at_once(tmp_path: Path) -> None:
+    model = tmp_path / "model.bitdistill"
+    write_classifier(model, {"name": "m", "kind": "classification", "prompt": "{a}:", "label_words": ["bad", "good"]})
+    code, out, error = run("bench", str(model), "--prompt-tokens", "2000000000")
+    assert (code, out) == (1, "")
+    assert "must fit the model's window; got prompt_tokens=2000000000" in error
+    code, out, error = run("bench", str(model), "--against", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert "--against needs a checkpoint directory; got no config.json" in error
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def _render(rows: Iterable[Mapping[str, Any]], template: Template, split: str) -
     for number, row in enumerate(rows):
         try:
             prompt, answer = template.render_prompt(row), template.render_answer(row)
+            (prompt + answer).encode()  # half a character, as JSON may hold it, is no text
         except ValueError as error:
             raise ValueError(f"split={split}, row={number}: {error}") from None
         columns["prompt"].append(prompt)

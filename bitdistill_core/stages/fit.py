@@ -43,7 +43,14 @@ def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: 
     if params.distill.attention_kd_weight:
         distill.layer_pairs(params.distill, model, checkpoint.read_config(teacher_dir or base_dir))
     tokenizer = checkpoint.load_tokenizer(base_dir)
+    if tokenizer.vocab_size > model.vocab_size:  # tokens that were added to it may have no row, like Gemma's of images
+        raise ValueError(
+            f"the base model must have an embedding for every token; got tokenizer.vocab_size={tokenizer.vocab_size}, "
+            f"vocab_size={model.vocab_size} in its config.json; take the tokenizer that the model was trained with"
+        )
     require_tokenizer(params, tokenizer)
+    if params.surgery.is_calibrated:  # as surgery does, before the teacher is trained
+        surgery.calibration_ids(params.surgery, data_dir, tokenizer)
     if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
         require_block(data_dir / "corpus", tokenizer, params.pretrain.block_size)
 

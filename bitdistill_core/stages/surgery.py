@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
@@ -62,6 +62,19 @@ def weight_quantizer(config: SurgeryConfig) -> WeightQuantizer:
     )
 
 
+def calibration_ids(config: SurgeryConfig, data: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids (calibration_sequences, calibration_length) int64. Raises ValueError for fewer tokens in the texts."""
+    is_corpus = config.calibration == "corpus"
+    return sample_sequences(
+        data / "corpus" if is_corpus else examples_path(data, "train"),
+        "text" if is_corpus else "prompt",
+        tokenizer,
+        num_sequences=config.calibration_sequences,
+        length=config.calibration_length,
+        seed=config.seed,
+    )
+
+
 def _calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,15 +84,7 @@ def _calibrate(
     device: torch.device,
 ) -> Metrics:
     require_window(model.config, config.calibration_length, "surgery.calibration_length")
-    is_corpus = config.calibration == "corpus"
-    input_ids = sample_sequences(
-        data / "corpus" if is_corpus else examples_path(data, "train"),
-        "text" if is_corpus else "prompt",
-        tokenizer,
-        num_sequences=config.calibration_sequences,
-        length=config.calibration_length,
-        seed=config.seed,
-    )
+    input_ids = calibration_ids(config, data, tokenizer)
     nn.Module.to(model, device)
     errors = calibrate(model, input_ids.to(device), subln_gain=config.subln_gain, initializer=config.initializer)
     if not errors:  # gains alone

@@ -243,3 +243,20 @@ def test_rounded_embeddings_stay_tied_and_close() -> None:
     grid = quantize_rows(before)
     assert ((after - before).abs() <= 0.5001 * grid.row_scale[:, None] * grid.column_scale).all()
     assert (after - before).norm() < 0.01 * before.norm()
+
+
+def test_a_base_with_a_weight_that_is_no_number_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build("qwen3", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    checkpoint.save_model(model, tokenizer, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"must be finite; got NaN or infinity in tensor=model.layers.1.mlp.up_proj.weight"
+    ):
+        checkpoint.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["package:../../x", "package:no.such/x.gguf", "package:"])
+def test_a_package_is_one_module_and_a_file(name: str) -> None:
+    with pytest.raises(ValueError, match=r"must be package:MODULE/file.gguf; got package:"):
+        checkpoint.load_pretrained(name)

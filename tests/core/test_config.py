@@ -56,6 +56,13 @@ def test_a_seed_replaces_every_seed() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.eval_splits=[test, a/b]", r"a split must be a name .*; got split='a/b'"),
+        ("data.eval_splits=[..]", r"a split must be a name .*; got split='\.\.'"),
+        ("data.train_split=/train", r"a split must be a name"),
+        ("data.eval_splits=[te$t]", r"a split must be a name"),
+        ("data.eval_splits=[test, test]", r"must be different splits; got eval_splits="),
+        ("runtime.num_threads=1025", r"num_threads"),
+        ("teacher.seed=1000000000001", r"seed"),
         ("distill.lr=1", r"unknown key in override 'distill\.lr=1': lr; the keys are seed"),
         ("nothing.lr=1", r"unknown key .*: nothing; the keys are runtime"),
         ("distill.learning_rate=fast", r"distill\.learning_rate: .*valid number.*got 'fast'"),
@@ -143,3 +150,16 @@ def test_a_threshold_margin_needs_the_absmean_scale(stage: str) -> None:
     with pytest.raises(ValueError, match=r"got weight_scale=least_squares, threshold_margin=0\.1; set it to 0"):
         load_params(PARAMS, overrides=overrides)
     load_params(PARAMS, overrides=overrides[1:])
+
+
+def test_a_warm_up_from_weights_that_are_no_model_is_refused() -> None:
+    blocks = ["distill.quantization_warmup=0.5", "distill.blockwise.num_epochs=2"]
+    with pytest.raises(
+        ValueError, match=r"got quantization_warmup=0.5, blockwise.num_epochs=2.0; set one of them to 0"
+    ):
+        load_params(PARAMS, overrides=blocks)
+    gptq = ["pretrain.quantization_warmup=0.5", "surgery.initializer=gptq"]
+    with pytest.raises(
+        ValueError, match=r"got quantization_warmup=0.5, surgery.initializer=gptq; set quantization_warm"
+    ):
+        load_params(PARAMS, overrides=gptq)

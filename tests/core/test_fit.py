@@ -30,6 +30,7 @@ from tests.conftest import ROOT
         ("data.task=cnn_dailymail evaluate.max_new_tokens=256", "got evaluate.max_new_tokens \\+ 1=257"),
         ("distill.distill_layers=[9]", "distill.distill_layers must name layers of a model with num_layers=2; got 9"),
         ("distill.max_length=2", "got distill.max_length=2, tokens="),
+        ("surgery.subln_gain=preserve surgery.calibration_sequences=1000000", "lower surgery.calibration_sequences"),
         ("distill.num_relation_heads=7", "distill.num_relation_heads must divide the query width"),
     ],
 )
@@ -57,6 +58,17 @@ def test_a_label_word_that_begins_another_is_refused(finished_run: Path, tiny_ov
     for words in (("good", "good film"), ("bad", "good film", "good")):
         with pytest.raises(ValueError, match="got label_words='good' and 'good film', tokens="):
             require_fit(params(*words), finished_run / "base", data_dir=finished_run / "data")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    finished_run: Path, tiny_params: Params, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(finished_run / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    with pytest.raises(ValueError, match=r"an embedding for every token; got tokenizer.vocab_size=\d+, vocab_size=\d+"):
+        require_fit(tiny_params, base, data_dir=finished_run / "data")
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:

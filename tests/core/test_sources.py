@@ -145,9 +145,19 @@ def test_a_ragged_csv_file_is_an_error(tmp_path: Path, line: str) -> None:
 def test_unreadable_data_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{no json")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
-    for name in ("a.jsonl", "b.parquet"):
-        with pytest.raises(ValueError, match=f"unreadable data file path=.*{name}"):
+    (tmp_path / "d.jsonl").write_text('{"split": "train", "a": ' + 5000 * "1" + "}")
+    (tmp_path / "e.jsonl").write_text(100_000 * "[")
+    pq.write_table(
+        pa.table({"split": ["train"] * 500, "a": [f"text {i % 7}" for i in range(500)]}), tmp_path / "f.parquet"
+    )
+    broken = bytearray((tmp_path / "f.parquet").read_bytes())
+    broken[20:200] = bytes(range(180))
+    (tmp_path / "f.parquet").write_bytes(broken)
+    for name in ("a.jsonl", "b.parquet", "d.jsonl", "e.jsonl", "f.parquet"):
+        with pytest.raises(ValueError, match=f"unreadable data file.*path=.*{name}"):
             list(read_rows(tmp_path / name, "train", None))
+    (tmp_path / "long.csv").write_text(f"split,a\ntrain,{'x' * 200_000}\n")
+    assert [len(row["a"]) for row in read_rows(tmp_path / "long.csv", "train", None)] == [200_000]
     (tmp_path / "c.jsonl").write_text('{"split": "train"}\n[1]\n')
     with pytest.raises(ValueError, match="a line must be one JSON object; got line=2"):
         list(read_rows(tmp_path / "c.jsonl", "train", None))

@@ -34,16 +34,14 @@ def test_a_missing_column_is_named() -> None:
         TEMPLATES["sst2"].render_prompt({"text": "x", "label": 0})
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
+@pytest.mark.parametrize("missing", [None, float("nan"), "", " \n "])
 def test_a_missing_value_is_no_text(missing: object) -> None:
-    with pytest.raises(ValueError, match=r"a value where the template needs it; got sentence=(None|nan)"):
+    with pytest.raises(ValueError, match=r"a value where the template needs it; got sentence="):
         TEMPLATES["sst2"].render_prompt({"sentence": missing, "label": 0})
-    with pytest.raises(ValueError, match=r"got label=(None|nan)"):
+    with pytest.raises(ValueError, match=r"got label="):
         TEMPLATES["sst2"].render_answer({"sentence": "x", "label": missing})
-    with pytest.raises(ValueError, match=r"got highlights=(None|nan)"):
+    with pytest.raises(ValueError, match=r"got highlights="):
         TEMPLATES["cnn_dailymail"].render_answer({"article": "x", "highlights": missing})
-    with pytest.raises(ValueError, match="an answer must not be empty; got highlights=''"):
-        TEMPLATES["cnn_dailymail"].render_answer({"article": "x", "highlights": " "})
     assert TEMPLATES["sst2"].render_prompt({"sentence": "x", "note": missing}) == "Review: x\nSentiment:"
 
 
@@ -107,3 +105,17 @@ def test_the_documentation_prints_every_template() -> None:
         assert f"`{task}`" in page
         assert template.prompt.replace("\n", "\\n") in page
         assert all(f"`{word}`" in page for word in template.label_words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_words": ["good", "good", "bad"]}, r"label_words must all be different; got \['good', 'good', 'bad'\]"),
+        ({"label_values": [" a", "b"]}, r"label_values must be without outer spaces"),
+        ({"answer_column": "text"}, r"must not show the answer; got answer_column='text'"),
+    ],
+)
+def test_a_template_that_cannot_be_learned_is_refused(fields: dict[str, object], message: str) -> None:
+    whole = {"kind": "classification", "prompt": "{text}:", "label_words": ["good", "bad"], "answer_column": "label"}
+    with pytest.raises(ValueError, match=message):
+        Template(**{**whole, **fields})

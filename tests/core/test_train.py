@@ -364,3 +364,18 @@ def test_schedules() -> None:
     assert factor(99, "constant") == 1.0
     assert factor(49, "two_stage") == pytest.approx(1 - 39 / 90)
     assert factor(50, "two_stage") == pytest.approx(0.5 * (1 - 40 / 90))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "step.json"])
+@pytest.mark.parametrize("damage", ["empty", "missing"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    def die(metrics: dict[str, float], step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, report=die)
+    file = tmp_path / "step-4" / name
+    file.write_bytes(b"") if damage == "empty" else file.unlink()
+    with pytest.raises(ValueError, match=r"unreadable training checkpoint path=.*step-4: .*; delete it to begin"):
+        fit(tmp_path)
