@@ -36,7 +36,11 @@ def test_every_command_has_help(command: str) -> None:
         (["convert", "--set", "distill.lr=1"], "unknown key in override 'distill.lr=1': lr; the keys are"),
         (["convert", "--profile", "none"], "unknown profile=none; the profiles are demo"),
         (
-            ["convert", "--set", "base.checkpoint=./none"],
+            [
+                *("convert", "--set", "base.checkpoint=./none"),
+                *("--set", f"data.examples={ROOT / 'data/demo/reviews.parquet'}"),
+                *("--set", f"data.corpus={ROOT / 'data/demo/corpus.parquet'}"),
+            ],
             "base.checkpoint=./none is no model directory: no config.json",
         ),
         (["convert", "--set", "data.examples=./none.jsonl"], "./none.jsonl"),
