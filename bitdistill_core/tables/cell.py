@@ -140,11 +140,11 @@ def read_result(plan: Plan, cell: Cell, results: Path, *, data_root: str | None 
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        result["metrics"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        recipe = result.get("recipe")
+    except (ValueError, AttributeError):
         raise ValueError(f"unreadable result path={path}; delete it and run the cell again") from None
     last, length = chain(plan, cell, data_root=data_root), plan.params(cell).evaluate.max_new_tokens
-    if result.get("recipe") != last.recipe or result.get("max_new_tokens", length) != length:
+    if recipe != last.recipe or result.get("max_new_tokens", length) != length:
         return None
     made_from = result.get("sources", {})
     here = _sources(last) if made_from else {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from bitdistill_core import pipeline
+from bitdistill_core.quantize.weight import WeightQuantizer
 from bitdistill_core.stages import report
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+RECORD = {"subln": "none", "sub_norm_eps": 1e-6, "quantizer": asdict(WeightQuantizer())}
 METHODS = ("fp16_sft", "bitnet_sft", "bitdistill")
 NUM_EXAMPLES = 200
 
@@ -83,7 +86,7 @@ def write_weights(directory: Path, spread: float) -> None:
     weights = {f"{module}.weight": torch.randn(32, 16) * spread + 0.02 for module in MODULES}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({**weights, "model.embed_tokens.weight": torch.zeros(4, 4)}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps({"bitdistill": {"subln": "none", "sub_norm_eps": 1e-6}}))
+    (directory / "config.json").write_text(json.dumps({"bitdistill": RECORD}))
 
 
 def write_benchmark(directory: Path) -> None:
