@@ -200,7 +200,7 @@ def environment(num_threads: int) -> dict[str, Any]:
         "load_average_at_start": os.getloadavg()[0],
         "kernel": resolve_kernel(None),
         "available_kernels": available_kernels(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name))},
     }

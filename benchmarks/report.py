@@ -59,11 +59,12 @@ INTRODUCTION = """# Results of the engine
 
 Written by `python -m benchmarks.report` from files of `python -m benchmarks.engine`; do not edit. The models have
 random weights: the figures are of speed and added memory, not of quality. In classification the engine computes the
-logits of three labels, llama.cpp those of the whole vocabulary. [How it is measured](../benchmarks/README.md)."""
-ELSEWHERE = """## Measured elsewhere, on a Zen 3 with AVX2 and the same two threads (other run, other day):
+logits of three labels, llama.cpp those of the whole vocabulary. Goals were set in advance for a Zen 3 with two cores.
+Family/model 25/1 is a Zen 3, 25/17 a Zen 4, 26/2 a Zen 5. [How it is measured](../benchmarks/README.md)."""
+ELSEWHERE = """## Other engines, in an earlier run on a Zen 3
 
-The 0.6B shapes, median tokens/s. Not comparable with the tables above except through the ratio to llama.cpp F16, which
-itself differs between processors. bitnet.cpp (tree of 2024) has no norm of queries and keys and ran without it.
+The 0.6B shapes with two threads, median tokens/s of another day; ratios are medians over rounds, not quotients of the
+columns. Comparable with the tables above only through the ratio to llama.cpp F16, which differs between processors. bitnet.cpp (tree of 2024) has no norm of queries and keys and ran without it.
 
 | engine | type | head | prefill 512 | decode 64 | prefill / F16 | decode / F16 |
 |---|---|---|---:|---:|---:|---:|

@@ -62,7 +62,8 @@ class PackedEngine:
     def __init__(self, path: str, num_threads: int, *, generates: bool) -> None:
         from bitdistill_core.engine.model import Engine
 
-        self.engine = Engine.load(path, num_threads=num_threads, read_head=generates)
+        # keys and values as llama.cpp keeps them
+        self.engine = Engine.load(path, num_threads=num_threads, kv_dtype="float16", read_head=generates)
         self.vocab_size = self.engine.config.vocab_size
 
     def prefill(self, ids: list[int]) -> Any:

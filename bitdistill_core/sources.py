@@ -65,11 +65,16 @@ def split_files(source: Path, split: str | None) -> list[Path]:
     if source.is_file():
         return [source]
     if split is None:
-        return _files(source, "train") or _files(source, "")
-    files = [path for path in _files(source, split) if path.stem == split or path.name.startswith(f"{split}-")]
+        files = _files(source, "train")
+        if not files:
+            return _files(source, "")
+    else:
+        files = [path for path in _files(source, split) if path.stem == split or path.name.startswith(f"{split}-")]
+    names = ", ".join(path.name for path in files or _files(source, ""))
     if not files:
-        names = ", ".join(path.name for path in _files(source, ""))
         raise ValueError(f"no file of split={split} in path={source}; it holds {names}")
+    if len({path.suffix for path in files}) > 1:  # most likely the same rows twice
+        raise ValueError(f"the files of a split must be of one kind; got {names} in path={source}; keep one kind")
     return files
 
 

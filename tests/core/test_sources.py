@@ -12,7 +12,7 @@ import pytest
 
 from bitdistill_core import sources
 from bitdistill_core.config import Params
-from bitdistill_core.sources import Corpus, locate, read_rows
+from bitdistill_core.sources import Corpus, locate, read_rows, split_files
 from bitdistill_core.stages import data
 
 TEXTS = [f"text {number}" for number in range(20)]
@@ -107,6 +107,15 @@ def test_parquet_sources(tmp_path: Path) -> None:
     assert locate("c@2.jsonl", None, str(tmp_path)) == tmp_path / "c@2.jsonl"
     file = tmp_path / "glue" / "sst2" / "validation-0.parquet"
     assert locate(str(file), None, str(tmp_path / "glue")) == file
+
+
+def test_a_split_twice_is_an_error(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.jsonl", "validation.csv"):
+        (tmp_path / name).write_text("")
+    for split in ("train", None):
+        with pytest.raises(ValueError, match=r"files of a split must be of one kind; got train\.csv, train\.jsonl"):
+            split_files(tmp_path, split)
+    assert split_files(tmp_path, "validation") == [tmp_path / "validation.csv"]
 
 
 @pytest.mark.parametrize(
