@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_core import train
 from bitdistill_core.block_outputs import hidden_kd_loss
+from bitdistill_core.choices import ChannelWeights, Precision
 from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
@@ -60,8 +61,8 @@ def train_blocks(
     work_dir: Path,
     report: Report,
     device: torch.device,
-    precision: Literal["float32", "bfloat16"],
-    channel_weights: Literal["none", "next_norm"] = "none",
+    precision: Precision,
+    channel_weights: ChannelWeights = "none",
     **options: Any,
 ) -> Metrics:
     """Trains the student's blocks in place and returns the relative error of the last one.

@@ -7,7 +7,7 @@ up, down. It starts a student, or ends one as post-training quantisation.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.choices import Initializer, SublnGain
 from bitdistill_core.passage import Passage
 from bitdistill_core.quantize.awq import channel_scale, clipped_codes, fold
 from bitdistill_core.quantize.gptq import gptq
@@ -47,8 +48,8 @@ def calibrate(
     student: PreTrainedModel,
     input_ids: Tensor,
     *,
-    subln_gain: Literal["one", "preserve"],
-    initializer: Literal["none", "gptq", "awq"],
+    subln_gain: SublnGain,
+    initializer: Initializer,
     batch_size: int = 8,
 ) -> list[LayerError]:
     """Sets a student's SubLN gains and latent weights in place; returns each layer's error before and after.
@@ -228,8 +229,10 @@ def _initialize_group(passage: Passage, group: _Group, initializer: Literal["gpt
         dense = layer.weight.clone()
         if initializer == "gptq":
             codes, scale = gptq(dense, statistics.quantized, layer.quantizer)
-        else:
+        elif initializer == "awq":
             codes, scale = clipped_codes(dense, statistics.exact, layer.quantizer)
+        else:
+            assert_never(initializer)
         latent = latent_weight(dense, codes, scale, layer.quantizer)
         error, absmean_error = (_error(statistics, dense, weight, layer) for weight in (latent, dense))
         if initializer == "gptq" or error < absmean_error:

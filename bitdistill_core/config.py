@@ -8,6 +8,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bitdistill_core.choices import (
+    ChannelWeights,
+    Encoding,
+    Granularity,
+    Grid,
+    Initializer,
+    LossVariant,
+    Precision,
+    ScaleRule,
+    Schedule,
+    Subln,
+    SublnGain,
+)
 from bitdistill_core.templates import TEMPLATES, Template
 
 MAX_SEED = 10**12  # times a million, and a step, is a seed of PyTorch's
@@ -86,13 +99,13 @@ class TrainSection(Section):
     batch_size: int = Field(gt=0)  # sequences an optimiser step
     gradient_accumulation: int = Field(gt=0)  # micro-batches a step; must divide batch_size
     learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "constant", "two_stage"]
+    schedule: Schedule
     warmup_ratio: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     adam_beta2: float = Field(gt=0, lt=1)
     max_grad_norm: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)  # of the hidden states after the embedding and after each block
-    precision: Literal["float32", "bfloat16"]  # of the forward pass; weights stay float32
+    precision: Precision  # of the forward pass; weights stay float32
     report_every: int = Field(gt=0)  # steps
     checkpoint_every: int = Field(gt=0)  # steps
 
@@ -167,14 +180,14 @@ class BaseConfig(Section):
 class SurgeryConfig(Section):
     """params.yaml section `surgery`."""
 
-    subln: Literal["none", "output", "all"]
-    subln_gain: Literal["one", "preserve"]  # preserve: the gain that changes the layer's input least
+    subln: Subln
+    subln_gain: SublnGain  # preserve: the gain that changes the layer's input least
     sub_norm_eps: float = Field(gt=0)
-    weight_grid: Literal["ternary", "binary"]
-    weight_granularity: Literal["tensor", "row", "block"]  # the weights that share a scale
+    weight_grid: Grid
+    weight_granularity: Granularity  # the weights that share a scale
     weight_block_size: int = Field(ge=16, multiple_of=16)  # of a row; for granularity block
-    weight_scale: Literal["absmean", "least_squares"]
-    initializer: Literal["none", "gptq", "awq"]
+    weight_scale: ScaleRule
+    initializer: Initializer
     calibration: Literal["corpus", "examples"]  # texts for initializer and subln_gain
     calibration_sequences: int = Field(gt=0)
     calibration_length: int = Field(gt=1)  # tokens a sequence
@@ -202,7 +215,7 @@ class BlockwiseConfig(Section):
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=0)  # sequences a step, in one micro-batch; 0: as in the rest of the stage
     num_tokens: int = Field(gt=0)  # at most; the hidden states of so many tokens are held in memory
-    channel_weights: Literal["none", "next_norm"]  # of the distance: the gains of the norm that reads the output
+    channel_weights: ChannelWeights  # of the distance: the gains of the norm that reads the output
 
 
 class TaskBlockwiseConfig(BlockwiseConfig):
@@ -287,7 +300,7 @@ class DistillConfig(TaskSection, StudentTraining):
     """
 
     blockwise: TaskBlockwiseConfig
-    loss: Literal["paper", "authors"]  # Eq. 8-12, or what the authors' code computes
+    loss: LossVariant  # Eq. 8-12, or what the authors' code computes
     logits_kd_weight: float = Field(ge=0)  # [lambda]
     attention_kd_weight: float = Field(ge=0)  # [gamma]
     kd_temperature: float = Field(gt=0)  # [tau]
@@ -317,7 +330,7 @@ class PackConfig(Section):
     """params.yaml section `pack`."""
 
     verify_examples: int = Field(ge=1)  # prompts on which the packed model's logits must be the student's
-    encoding: Literal["2bit", "base3"]  # of the ternary codes in the file
+    encoding: Encoding  # of the ternary codes in the file
 
 
 class EvaluateConfig(Section):

@@ -6,7 +6,7 @@ accumulation changes nothing: the micro-batch losses of a step add up to the los
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from bitdistill_core.choices import LossVariant
 from bitdistill_core.relations import States, relation_kl, relation_logits
 
 CHUNK_ELEMENTS = 2**24  # logits of one model that a vocabulary loss holds at once
@@ -93,7 +94,7 @@ def logits_kd_loss(
     batch: Batch,
     *,
     kd_temperature: float,
-    variant: Literal["paper", "authors"],
+    variant: LossVariant,
 ) -> Tensor:
     """KL(teacher || student) over the vocabulary at temperature tau (BitDistill Eq. 8-9), () fp32.
 
@@ -104,9 +105,11 @@ def logits_kd_loss(
     if variant == "paper":
         chosen = F.pad(batch.labels[:, 1:] != -100, (0, 1))
         scale = 1.0 / max(batch.totals.num_targets, 1)
-    else:
+    elif variant == "authors":
         chosen = batch.is_token
         scale = kd_temperature**2 / max(batch.totals.num_tokens, 1)
+    else:
+        assert_never(variant)
     student_states, teacher_states = student_hidden[chosen], teacher_hidden[chosen]
     vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
 
@@ -127,7 +130,7 @@ def attention_kd_loss(
     batch: Batch,
     *,
     num_relation_heads: int,
-    variant: Literal["paper", "authors"],
+    variant: LossVariant,
 ) -> Tensor:
     """Attention-relation distillation over Q, K, V (BitDistill Eq. 10-12), () fp32. Q, K and V terms add (alpha = 1).
 
@@ -142,8 +145,10 @@ def attention_kd_loss(
     is_token = batch.is_token
     if variant == "paper":
         row_weight = is_token / (batch.lengths[:, None] * batch.totals.num_sequences)
-    else:
+    elif variant == "authors":
         row_weight = is_token / (batch.totals.num_tokens * num_relation_heads)
+    else:
+        assert_never(variant)
     total = batch.lengths.new_zeros((), dtype=torch.float32)
     for student_layer, teacher_layer in layer_pairs:
         for student, teacher in zip(student_states[student_layer], teacher_states[teacher_layer], strict=True):

@@ -1,9 +1,9 @@
 """Learning-rate schedules as functions of the step."""
 
 import math
-from typing import Literal
+from typing import assert_never
 
-Schedule = Literal["cosine", "linear", "constant", "two_stage"]
+from bitdistill_core.choices import Schedule
 
 
 def learning_rate_factor(step: int, num_steps: int, *, schedule: Schedule, warmup_ratio: float) -> float:
@@ -22,4 +22,6 @@ def learning_rate_factor(step: int, num_steps: int, *, schedule: Schedule, warmu
         return 1 - progress
     if schedule == "two_stage":
         return (1 - progress) * (0.5 if step >= num_steps // 2 else 1.0)
-    return 1.0
+    if schedule == "constant":
+        return 1.0
+    assert_never(schedule)

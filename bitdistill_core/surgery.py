@@ -6,15 +6,13 @@ decoder blocks change. Embeddings, lm_head and the model's own norms stay dense.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.choices import Subln
 from bitdistill_core.quantize.weight import WeightQuantizer, require_divisible
-
-Subln = Literal["none", "output", "all"]
 
 # model_type -> family, as users know it
 SUPPORTED_ARCHITECTURES = {

@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bitdistill_core.choices import Precision, Schedule
 from bitdistill_core.errors import one_line
 from bitdistill_core.progress import progress_bar
-from bitdistill_core.schedules import Schedule, learning_rate_factor
+from bitdistill_core.schedules import learning_rate_factor
 
 Report = Callable[[dict[str, float], int], None]
 LossParts = dict[str, Tensor]  # weighted parts that add up to the loss
@@ -57,7 +58,7 @@ def fit(
     weight_decay: float,
     adam_beta2: float,
     max_grad_norm: float,
-    precision: Literal["float32", "bfloat16"],
+    precision: Precision,
     report_every: int,
     checkpoint_every: int,
     grad_norm_every: int = 0,
@@ -234,9 +235,9 @@ def _part_grad_norms(
     return norms
 
 
-def compute_dtype(precision: Literal["float32", "bfloat16"]) -> torch.dtype:
+def compute_dtype(precision: Precision) -> torch.dtype:
     """The type of a section's `precision`."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def has_checkpoint(work_dir: Path) -> bool:

@@ -1,10 +1,11 @@
 """Which tensors a packed file holds, and the checks of their names, shapes and values."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from bitdistill_core.choices import Encoding
 from bitdistill_core.engine.config import EngineConfig, linear_layers, norm_layers
 from bitdistill_core.panels import LINE_K, base3_shape, next_shape, packed_shape, rest_shape, scan_shape
 
@@ -12,8 +13,8 @@ TOKENIZER, TASK = BLOBS = ("tokenizer.json", "task.json")
 
 UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 
-Encoding = Literal["2bit", "base3"]  # of ternary codes: `w_packed`, or `w_base3` with three in five bits
-CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}  # by encoding, the end of the tensors' names
+# by encoding, the end of the names of the codes' tensors; base 3 is three weights in five bits
+CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}
 ROW_NUMBERS = ("row_scale", "row_norm", "scan_error", "next_error")  # of an embedding, one a row
 COLUMN_NUMBERS = ("column_scale", "mean")  # one a column
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]

@@ -5,6 +5,7 @@ calibration data or Hessian. This is the real one.
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -115,7 +116,9 @@ def nearest_codes(weight: Tensor, scale: Tensor, quantizer: WeightQuantizer) -> 
     """
     if quantizer.grid == "ternary":
         return (weight / scale).round_().clamp_(-1, 1)
-    return torch.where(weight > 0, 1.0, -1.0)
+    if quantizer.grid == "binary":
+        return torch.where(weight > 0, 1.0, -1.0)
+    assert_never(quantizer.grid)
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:

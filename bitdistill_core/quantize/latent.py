@@ -5,6 +5,8 @@ must be what the latent weight quantises to. The plain product scale * codes doe
 the share of nonzero codes), nor does the original weight, which quantises to its own codes.
 """
 
+from typing import assert_never
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,12 @@ def latent_weight(
     w = weight.double().reshape(-1, width)
     sign = codes.double().reshape(-1, width)
     target = scale.double().reshape(-1, 1).clamp(min=SCALE_FLOOR)
-    latent = (_ternary if quantizer.grid == "ternary" else _binary)(w, sign, target, margin)
+    if quantizer.grid == "ternary":
+        latent = _ternary(w, sign, target, margin)
+    elif quantizer.grid == "binary":
+        latent = _binary(w, sign, target, margin)
+    else:
+        assert_never(quantizer.grid)
     return latent.reshape(weight.shape).to(weight.dtype)
 
 

@@ -6,21 +6,18 @@ Eq. 1-3). Either has one scale a tensor, a row, or a block of consecutive weight
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from bitdistill_core.choices import Granularity, Grid, ScaleRule
 from bitdistill_core.quantize.fused import fused
 from bitdistill_core.quantize.straight_through import straight_through
 
 SCALE_FLOOR = 1e-5
 
 TWN_THRESHOLD = 0.7  # of the absmean: close to the best threshold of normal and of uniform weights
-
-Grid = Literal["ternary", "binary"]
-Granularity = Literal["tensor", "row", "block"]
-ScaleRule = Literal["absmean", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,12 @@ def _quantized(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tens
     if quantizer.grid == "binary":
         centre = spread(over_groups(weight, quantizer, torch.mean), weight.shape[1])
         return torch.where(weight > centre, 1.0, -1.0), scale
+    if quantizer.grid != "ternary":
+        assert_never(quantizer.grid)
     if quantizer.scale_rule == "absmean":
         return (weight / spread(scale, weight.shape[1])).round_().clamp_(-1, 1), scale
+    if quantizer.scale_rule != "least_squares":
+        assert_never(quantizer.scale_rule)
     is_kept = weight.abs() > TWN_THRESHOLD * spread(scale, weight.shape[1])
     total = over_groups(weight.abs() * is_kept, quantizer, torch.mean)
     share = over_groups(is_kept.float(), quantizer, torch.mean)
@@ -107,4 +108,6 @@ def over_groups(values: Tensor, quantizer: WeightQuantizer, reduce: Callable[...
         return reduce(values)
     if quantizer.granularity == "row":
         return reduce(values, dim=1, keepdim=True)
-    return reduce(values.unflatten(1, (-1, quantizer.block_size)), dim=2)
+    if quantizer.granularity == "block":
+        return reduce(values.unflatten(1, (-1, quantizer.block_size)), dim=2)
+    assert_never(quantizer.granularity)

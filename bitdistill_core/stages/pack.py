@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.bitlinear import BitLinear
+from bitdistill_core.choices import Encoding
 from bitdistill_core.config import PackConfig
 from bitdistill_core.data import encode_prompt, end_ids
 from bitdistill_core.engine.config import engine_config
 from bitdistill_core.engine.model import Engine
-from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.losses import head_logits
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.packing import PACKED_FILE, Int8Rows, TernaryLinear, write_student

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -16,6 +16,7 @@ from bitdistill_core import checkpoint, losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.block_outputs import captured_blocks, hidden_kd_loss, require_same_blocks
 from bitdistill_core.blockwise import read_block_metrics, take_over_frame, train_blocks
+from bitdistill_core.choices import LossVariant
 from bitdistill_core.config import BlocksSection, DistillConfig, PretrainConfig, TaskSection, TrainSection
 from bitdistill_core.contained import drop_contained
 from bitdistill_core.corpus import BlockBatches, tokenize_corpus
@@ -299,7 +300,7 @@ def taught_loss_fn(
     stack: ExitStack,
     *,
     task_loss_weight: float = 1.0,
-    variant: Literal["paper", "authors"],
+    variant: LossVariant,
     attention_kd: Callable[[losses.Batch], Tensor] | None = None,
 ) -> train.LossFn:
     """Cross-entropy, logits and block outputs by the weights in `config`, and `attention_kd` as it comes.

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from bitdistill_core.choices import Encoding
 from bitdistill_core.engine.config import engine_config
-from bitdistill_core.engine.tensors import Encoding
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from tests.core.architectures import ARCHITECTURES, BOS, COMMON
 

@@ -4,8 +4,9 @@ import copy
 
 from transformers import PreTrainedModel
 
+from bitdistill_core.choices import Subln
 from bitdistill_core.quantize.weight import WeightQuantizer
-from bitdistill_core.surgery import Subln, operate
+from bitdistill_core.surgery import operate
 
 TERNARY = WeightQuantizer()
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitdistill_core.choices import Grid
 from bitdistill_core.quantize.latent import MARGIN, latent_weight
-from bitdistill_core.quantize.weight import SCALE_FLOOR, Grid, WeightQuantizer, quantize_weight, weight_scale
+from bitdistill_core.quantize.weight import SCALE_FLOOR, WeightQuantizer, quantize_weight, weight_scale
 
 QUANTIZERS = [
     WeightQuantizer(grid=grid, granularity=granularity, block_size=8 if granularity == "block" else 0)
