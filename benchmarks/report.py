@@ -64,7 +64,8 @@ Family/model 25/1 is a Zen 3, 25/17 a Zen 4, 26/2 a Zen 5. [How it is measured](
 ELSEWHERE = """## Other engines, in an earlier run on a Zen 3
 
 The 0.6B shapes with two threads, median tokens/s of another day; ratios are medians over rounds, not quotients of the
-columns. Comparable with the tables above only through the ratio to llama.cpp F16, which differs between processors. bitnet.cpp (tree of 2024) has no norm of queries and keys and ran without it.
+columns. Comparable with the tables above only through the ratio to llama.cpp F16, which differs between processors.
+bitnet.cpp (tree of 2024) has no norm of queries and keys and ran without it.
 
 | engine | type | head | prefill 512 | decode 64 | prefill / F16 | decode / F16 |
 |---|---|---|---:|---:|---:|---:|

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bitdistill_core.losses import Batch
 from bitdistill_core.replay import observed
@@ -33,9 +33,9 @@ def captured_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def require_same_blocks(student: PreTrainedModel, teacher: PreTrainedModel, key: str) -> None:
+def require_same_blocks(student: PretrainedConfig, teacher: PretrainedConfig, key: str) -> None:
     """Raises ValueError unless both have as many blocks and the same width."""
-    shapes = [(int(m.config.num_hidden_layers), int(m.config.hidden_size)) for m in (student, teacher)]
+    shapes = [(int(config.num_hidden_layers), int(config.hidden_size)) for config in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"{key} compares block with block: teacher and student need the same depth and width; got "

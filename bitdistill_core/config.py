@@ -143,7 +143,7 @@ class TaskSection(TrainSection):
     """Training on the task's examples."""
 
     num_epochs: float = Field(gt=0)
-    max_length: int = Field(gt=1)  # tokens of prompt and answer; longer prompts are cut on the left
+    max_length: int = Field(gt=1)  # tokens of prompt and answer; longer prompts are cut
 
 
 class ScratchConfig(BlocksSection):
@@ -374,11 +374,19 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _warmup_from_latent_weights(self) -> "Params":
-        warmup = max(self.pretrain.quantization_warmup, self.distill.quantization_warmup)
-        if warmup and self.surgery.initializer == "gptq":
+        late = self.distill.quantization_warmup
+        warmup = max(self.pretrain.quantization_warmup, late)
+        if warmup and self.surgery.initializer != "none":
             raise ValueError(
-                "quantization_warmup begins with the latent weights, which initializer gptq moves far from the base's; "
-                f"got quantization_warmup={warmup}, surgery.initializer=gptq; set quantization_warmup to 0"
+                "quantization_warmup begins with the latent weights, which an initializer moves far from the base's; "
+                f"got quantization_warmup={warmup}, surgery.initializer={self.surgery.initializer}; set one of them off"
+            )
+        if late and (self.pretrain.num_tokens or self.pretrain.blockwise.num_epochs):
+            raise ValueError(
+                "distill.quantization_warmup begins with weights that are not quantised, but pretrain has trained them "
+                f"to be; got distill.quantization_warmup={late}, pretrain.num_tokens={self.pretrain.num_tokens}, "
+                f"pretrain.blockwise.num_epochs={self.pretrain.blockwise.num_epochs}; take "
+                "pretrain.quantization_warmup, or no pre-training"
             )
         return self
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitdistill_core.engine.tokenizer import keep_end
+from bitdistill_core.engine.tokenizer import keep_end, leave_out_middle
 from bitdistill_core.losses import Batch, Totals
 
 
@@ -68,8 +68,9 @@ def load_examples(
 ) -> list[Example]:
     """Tokenised examples of a parquet file with columns `prompt` and `answer`.
 
-    A prompt that does not fit `max_length` together with its answer loses tokens on the left, after the leading
-    special token. A reference text keeps at most half of `max_length`, and loses its end.
+    A prompt that does not fit `max_length` together with its answer loses its beginning, after the leading special
+    token; for generation its middle. In classification every prompt has the room that the longest answer leaves: its
+    length must not tell the answer. A reference text that does not fit loses its end, down to half of `max_length`.
 
     Args:
         max_length: tokens of prompt and answer; window: the model's, which max_length must not exceed.
@@ -83,12 +84,13 @@ def load_examples(
         raise ValueError(f"no examples in path={path}; check data.examples and data.train_split")
     prompts, answers = table["prompt"].to_pylist(), table["answer"].to_pylist()
     unique_answers = {a: encode_answer(tokenizer, a, ends=is_generation) for a in set(answers)}
+    longest = max(map(len, unique_answers.values()))
     leading = len(leading_mark(tokenizer))
     examples: list[Example] = []
     for prompt_ids, answer in zip(encode_prompts(tokenizer, prompts), answers, strict=True):
         whole = unique_answers[answer]
-        answer_ids = whole[: max(1, max_length // 2)] if is_generation else whole
-        room = max_length - len(answer_ids)
+        answer_ids = whole[: max(1, max_length // 2, max_length - len(prompt_ids))] if is_generation else whole
+        room = max_length - (len(answer_ids) if is_generation else longest)
         if len(prompt_ids) <= leading:
             raise ValueError(
                 f"a prompt must have a token; got none in {prompts[len(examples)][:200]!r}, example={len(examples)} of "
@@ -96,11 +98,12 @@ def load_examples(
             )
         if room < 2:
             raise ValueError(
-                f"max_length={max_length} leaves no room for a prompt beside an answer of {len(answer_ids)} tokens; "
+                f"max_length={max_length} leaves no room for a prompt beside an answer of {max_length - room} tokens; "
                 "raise max_length"
             )
         is_cut = len(prompt_ids) > room or len(answer_ids) < len(whole)
-        examples.append(Example(keep_end(prompt_ids, room, leading), answer_ids, is_cut))
+        shorten = leave_out_middle if is_generation else keep_end
+        examples.append(Example(shorten(prompt_ids, room, leading), answer_ids, is_cut))
     return examples
 
 

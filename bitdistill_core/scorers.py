@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bitdistill_core import losses
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, leading_mark
-from bitdistill_core.engine.tokenizer import keep_end
+from bitdistill_core.engine.tokenizer import keep_end, leave_out_middle
 
 CONTEXTS_AT_ONCE = 32  # prompts that the packed model scores between two steps of the progress bar
 
@@ -87,7 +87,7 @@ class TorchScorer:
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
         """Greedy continuations, in batches of prompts of similar length that are padded on the left."""
         room, leading = self.window - max_new_tokens + 1, len(leading_mark(self.tokenizer))
-        encoded = [keep_end(self.encode_prompt(prompt), room, leading) for prompt in prompts]
+        encoded = [leave_out_middle(self.encode_prompt(prompt), room, leading) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)  # the slowest first
         ends = end_ids(self.model, self.tokenizer)
         for start in range(0, len(order), self.batch_size):

@@ -35,7 +35,7 @@ class PackedModel:
 
         Args:
             data: the columns that the task's prompt names; where it names one, `text` does too. A prompt that does not
-                fit the window loses its beginning.
+                fit the window loses its beginning, for a generation task its middle.
             params: max_new_tokens, for a generation task.
         """
         import pandas as pd

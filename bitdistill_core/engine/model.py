@@ -19,7 +19,7 @@ from bitdistill_core.engine.kernels import resolve_kernel, resolve_num_threads, 
 from bitdistill_core.engine.memory import bytes_by_part, resident_by_part
 from bitdistill_core.engine.sampling import Sampling, choose_token, log_softmax
 from bitdistill_core.engine.tensors import TOKENIZER
-from bitdistill_core.engine.tokenizer import EngineTokenizer, keep_end, until_stop
+from bitdistill_core.engine.tokenizer import EngineTokenizer, keep_end, leave_out_middle, until_stop
 from bitdistill_core.packing import PackedModel, read_packed
 
 Ids = NDArray[np.int32]
@@ -66,14 +66,10 @@ class Engine:
         model = read_packed(Path(path), read_codes=streams_base3(chosen), read_head=read_head)
         return cls(model, kernel=chosen, num_threads=threads, kv_dtype=kv_dtype)
 
-    def prompt_ids(self, prompt: str, *, room: int | None = None) -> list[int]:
-        """Token ids of a prompt: the tokenizer's leading marks, no end of text; with `room` at most that many.
-
-        A prompt that is too long loses tokens after its leading marks, as in training.
-        """
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: with the tokenizer's leading marks, without its end of text."""
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        ids = ids[: len(ids) - self.tokenizer.num_trailing]
-        return ids if room is None else keep_end(ids, room, self.tokenizer.num_leading)
+        return ids[: len(ids) - self.tokenizer.num_trailing]
 
     def logits(self, ids: Sequence[int], *, last: bool = False) -> NDArray[np.float32]:
         """(T, V) logits after each token of `ids`; with `last` (1, V), after the last one."""
@@ -88,7 +84,7 @@ class Engine:
 
         A label's probability is the product over its tokens. Prompts are encoded with the tokenizer's special tokens,
         labels without. Where every label is one token, no other row of the vocabulary is computed. A prompt that does
-        not fit the window is an error; with `truncate` it loses its beginning (`prompt_ids`).
+        not fit the window is an error; with `truncate` it loses its beginning, after the leading marks, as trained.
         """
         _require_list(prompts, "prompts")
         _require_list(labels, "labels")
@@ -98,8 +94,10 @@ class Engine:
             )
         label_ids = [self.tokenizer.encode(label) for label in labels]
         longest = max(len(ids) for ids in label_ids)
-        room = self.config.max_position_embeddings - longest + 1 if truncate else None
-        prompt_ids = [self.prompt_ids(prompt, room=room) for prompt in prompts]
+        prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
+        if truncate:
+            room = self.config.max_position_embeddings - longest + 1
+            prompt_ids = [keep_end(ids, room, self.tokenizer.num_leading) for ids in prompt_ids]
         if all(len(ids) == 1 for ids in label_ids):
             return log_softmax(self.score_tokens(prompt_ids, [ids[0] for ids in label_ids]))
         pairs = [(prompt, label) for prompt in prompt_ids for label in label_ids]
@@ -202,12 +200,14 @@ class Engine:
     ) -> Iterator[str]:
         """Text after `prompt` in pieces, as it is computed; ends at end-of-text or before a string of `stop`.
 
-        A prompt that does not fit the window beside the new text is an error; with `truncate` it loses its beginning.
+        A prompt that does not fit the window beside the new text is an error; with `truncate` it loses its middle.
         """
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"stop must be a list of strings that are not empty; got stop={stop!r}")
-        room = self.config.max_position_embeddings - max_new_tokens + 1 if truncate else None
-        ids = self.prompt_ids(prompt, room=room)
+        ids = self.prompt_ids(prompt)
+        if truncate:
+            room = self.config.max_position_embeddings - max_new_tokens + 1
+            ids = leave_out_middle(ids, room, self.tokenizer.num_leading)
         new_ids = self.generate_ids(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return until_stop(self.tokenizer.stream(ids, new_ids), stop)
 

@@ -72,14 +72,33 @@ def keep_end(ids: Sequence[int], room: int, num_leading: int) -> list[int]:
     Raises:
         ValueError: no room for a token of the text.
     """
+    _require_room(room, num_leading)
+    if len(ids) <= room:
+        return list(ids)
+    return [*ids[:num_leading], *ids[len(ids) - room + num_leading :]]
+
+
+def leave_out_middle(ids: Sequence[int], room: int, num_leading: int) -> list[int]:
+    """At most `room` of a prompt's token ids: as many of its beginning as of its end, or one more.
+
+    For prompts of generation, where a text begins with what matters most, or a question stands behind it.
+
+    Raises:
+        ValueError: no room for a token of the text.
+    """
+    _require_room(room, num_leading)
+    if len(ids) <= room:
+        return list(ids)
+    num_last = (room - num_leading) // 2
+    return [*ids[: room - num_last], *ids[len(ids) - num_last :]]
+
+
+def _require_room(room: int, num_leading: int) -> None:
     if room <= num_leading:
         raise ValueError(
             f"a prompt needs room beside its answer; got room={room} tokens, of which "
             f"{num_leading} for its leading mark; ask for fewer new tokens or a shorter answer"
         )
-    if len(ids) <= room:
-        return list(ids)
-    return [*ids[:num_leading], *ids[len(ids) - room + num_leading :]]
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

@@ -47,11 +47,7 @@ def run(
             teacher, teacher_tokenizer = training.load_teacher(
                 inputs.teacher, student, config, name="distill", device=device, stack=stack
             )
-            if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
-                raise ValueError(
-                    "teacher and student must share a vocabulary; got sizes "
-                    f"{len(teacher_tokenizer)} and {len(tokenizer)}"
-                )
+            training.require_same_vocabulary(tokenizer, teacher_tokenizer)
             if config.blockwise.num_epochs:
                 batches = training.task_batches(
                     student,

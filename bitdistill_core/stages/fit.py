@@ -6,12 +6,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
+from bitdistill_core.block_outputs import require_same_blocks
 from bitdistill_core.config import Params
 from bitdistill_core.corpus import iter_texts
 from bitdistill_core.data import encode_answer
 from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.stages import distill, surgery
-from bitdistill_core.stages.training import require_window
+from bitdistill_core.stages.training import require_same_vocabulary, require_window
 
 
 def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: Path | None = None) -> None:
@@ -40,9 +41,14 @@ def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: 
     widths = {"o_proj": model.num_attention_heads * head_dim, "down_proj": model.intermediate_size}
     for name, width in {"q_proj": model.hidden_size, **widths}.items():
         require_divisible(surgery.weight_quantizer(params.surgery), width, name)
-    if params.distill.attention_kd_weight:
-        distill.layer_pairs(params.distill, model, checkpoint.read_config(teacher_dir or base_dir))
     tokenizer = checkpoint.load_tokenizer(base_dir)
+    teacher = checkpoint.read_config(teacher_dir or base_dir)
+    if params.distill.attention_kd_weight:
+        distill.layer_pairs(params.distill, model, teacher)
+    if params.distill.hidden_kd_weight or params.distill.blockwise.num_epochs:
+        require_same_blocks(model, teacher, "distill.hidden_kd_weight or blockwise")
+    if teacher_dir is not None and params.distill.is_taught:
+        require_same_vocabulary(tokenizer, checkpoint.load_tokenizer(teacher_dir))
     if tokenizer.vocab_size > model.vocab_size:  # tokens that were added to it may have no row, like Gemma's of images
         raise ValueError(
             f"the base model must have an embedding for every token; got tokenizer.vocab_size={tokenizer.vocab_size}, "

@@ -204,6 +204,15 @@ def require_window(config: PretrainedConfig, length: int, key: str) -> None:
         raise ValueError(f"sequences must fit the model's window; got {key}={length}, window={window}; lower {key}")
 
 
+def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where a student cannot learn the teacher's next tokens."""
+    if student.get_vocab() != teacher.get_vocab():
+        raise ValueError(
+            f"teacher and student must share a vocabulary; got sizes {len(teacher)} and {len(student)}; take a teacher "
+            "of the same family"
+        )
+
+
 @torch.no_grad()
 def round_embeddings(model: PreTrainedModel) -> None:
     """Rounds embedding and output head to the INT8 grid of the packed file, so that packing loses nothing."""
@@ -284,7 +293,7 @@ def load_teacher(
     """
     teacher, tokenizer = checkpoint.load_model(directory)
     if config.blockwise.num_epochs:
-        require_same_blocks(student, teacher, f"{name}.blockwise")
+        require_same_blocks(student.config, teacher.config, f"{name}.blockwise")
         take_over_frame(student, teacher)
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(train.compute_dtype(config.precision))
@@ -308,7 +317,7 @@ def taught_loss_fn(
     What is captured of both models is captured until `stack` closes.
     """
     if config.hidden_kd_weight:
-        require_same_blocks(student, teacher, "hidden_kd_weight")
+        require_same_blocks(student.config, teacher.config, "hidden_kd_weight")
         ours, theirs = stack.enter_context(captured_blocks(student)), stack.enter_context(captured_blocks(teacher))
 
     def loss_fn(batch: losses.Batch) -> train.LossParts:

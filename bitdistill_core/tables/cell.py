@@ -214,7 +214,9 @@ def _run_cell(
         if step.recipe == examples.recipe:
             floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
     made = read_manifest(last.directory(store))["fingerprint"][:16]
-    kept = store / ".work" / f"generated-{made}-{params.evaluate.max_new_tokens}.jsonl"
+    data_dir = examples.directory(store)
+    asked = digest_file(examples_path(data_dir, read_eval_splits(data_dir)[0]))[:16]
+    kept = store / ".work" / f"generated-{made}-{asked}-{params.evaluate.max_new_tokens}.jsonl"
     result = {
         "cell": vars(cell),
         "recipe": last.recipe,
@@ -222,7 +224,7 @@ def _run_cell(
         "seconds": seconds,
         "device": str(device),
         "floors": floors,
-        **_evaluate(last.directory(store), examples.directory(store), params.evaluate, device, kept),
+        **_evaluate(last.directory(store), data_dir, params.evaluate, device, kept),
         "curves": _curves(last, store),
         "weights": _weights(last, store),
     }

@@ -123,13 +123,15 @@ def _weights(plan: Plan, tables: Tables, results: Results, directory: Path) -> b
 
 def _subln_curves(plan: Plan, tables: Tables, results: Results, directory: Path) -> bool:
     """Loss of continued pre-training with and without SubLN."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for method in ("bitdistill", "subln_none", "subln_all", "subln_preserve"):
-        found = next((r for cell, r in results.items() if cell.method == method and _pretrain_curve(r)), None)
-        if found is not None:
-            curves[method] = _pretrain_curve(found)
-    if len(curves) < 2:
+    compared = ("bitdistill", "subln_none", "subln_all", "subln_preserve")
+    groups: dict[tuple[str, str, int], dict[str, list[tuple[int, float]]]] = {}
+    for cell, result in results.items():
+        if cell.method in compared and (curve := _pretrain_curve(result)):
+            groups.setdefault((cell.model, cell.task, cell.seed), {})[cell.method] = curve
+    found = next((group for group in groups.values() if len(group) > 1), None)
+    if found is None:
         return False
+    curves = {method: found[method] for method in compared if method in found}
     rows = [(method, step, value) for method, curve in curves.items() for step, value in curve]
     write_rows(directory / "figure3a.csv", ("method", "step", "loss"), rows)
     with _panels(directory / "figure3a.png", 1) as (axes,):

@@ -143,11 +143,11 @@ def _paired_markdown(plan: Plan, paired: Sequence[dict[str, Any]]) -> str:
     ]
     for row in paired:
         p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3g}"
+        interval = "" if row["ci_low"] is None else f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
         lines.append(
             f"| {plan.methods[row['first']].label} | {plan.methods[row['second']].label} "
             f"| {plan.scale.models[row['model']].label} | {plan.scale.tasks[row['task']].label} | {row['seeds']} "
-            f"| {row['num_examples']} | {row['difference']:+.2f} "
-            f"| {row['ci_low']:+.1f} to {row['ci_high']:+.1f} | {p} |"
+            f"| {row['num_examples']} | {row['difference']:+.2f} | {interval} | {p} |"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill_core.evaluate import wilson_interval
 from bitdistill_core.report.paired import mcnemar_p
 from bitdistill_core.tables.cell import read_result
 from bitdistill_core.tables.plan import Cell, Plan
@@ -102,7 +103,7 @@ def compare(results: Results, first: Cell, second: Cell, seeds: Sequence[int]) -
     a, b = _scores([x for x, _ in pairs], None), _scores([y for _, y in pairs], None)
     if a is None or b is None or a.shape != b.shape or any(x.get("labels") != y.get("labels") for x, y in pairs):
         return None
-    low, high = _bootstrap(a - b)
+    low, high = _bootstrap(a - b) if (a != b).any() else (None, None)  # no interval where no example differs
     p = None
     if "labels" in pairs[0][0]:
         p = mcnemar_p(int(((a[0] > 0) & (b[0] == 0)).sum()), int(((a[0] == 0) & (b[0] > 0)).sum()))
@@ -138,6 +139,8 @@ def _row(cell: Cell, metric: str, done: Mapping[int, dict[str, Any]], seeds: Seq
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     scores = _scores(list(done.values()), metric)
     low, high = _bootstrap(scores) if scores is not None else (None, None)
+    if metric == "accuracy" and len(done) == 1 and scores is not None:  # the bootstrap's is a point where all are right
+        low, high = (factor * bound for bound in wilson_interval(values[0] / factor, scores.size))
     return Row(
         cell.method,
         cell.model,

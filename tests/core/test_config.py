@@ -158,8 +158,10 @@ def test_a_warm_up_from_weights_that_are_no_model_is_refused() -> None:
         ValueError, match=r"got quantization_warmup=0.5, blockwise.num_epochs=2.0; set one of them to 0"
     ):
         load_params(PARAMS, overrides=blocks)
+    late = ["distill.quantization_warmup=0.5", "pretrain.num_tokens=100000"]
+    with pytest.raises(ValueError, match=r"got distill.quantization_warmup=0.5, pretrain.num_tokens=100000"):
+        load_params(PARAMS, profile="demo", overrides=late)
+    load_params(PARAMS, profile="demo", overrides=[late[0], "pretrain.num_tokens=0"])
     gptq = ["pretrain.quantization_warmup=0.5", "surgery.initializer=gptq"]
-    with pytest.raises(
-        ValueError, match=r"got quantization_warmup=0.5, surgery.initializer=gptq; set quantization_warm"
-    ):
+    with pytest.raises(ValueError, match=r"got quantization_warmup=0.5, surgery.initializer=gptq; set one of them off"):
         load_params(PARAMS, overrides=gptq)

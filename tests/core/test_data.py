@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from bitdistill_core import data
-from bitdistill_core.data import Example, ExampleBatches, collate, encode_prompt, encode_prompts, load_examples
+from bitdistill_core.data import (
+    Example,
+    ExampleBatches,
+    collate,
+    encode_answer,
+    encode_prompt,
+    encode_prompts,
+    load_examples,
+)
 from bitdistill_core.losses import Totals
 from bitdistill_core.stages.base import train_tokenizer
 from tests.core.conftest import Workshop
@@ -19,7 +27,8 @@ def test_long_prompts_lose_tokens_on_the_left(tmp_path: Path, corpus: Path) -> N
     path = tmp_path / "train.parquet"
     pq.write_table(pa.table({"prompt": ["the cat " * 30 + "sat:", "a:"], "answer": [" yes", " no"]}), path)
     long, short = load_examples(path, tokenizer, max_length=12, window=64, is_generation=False)
-    assert len(long.prompt_ids) + len(long.answer_ids) == 12
+    longest = max(len(encode_answer(tokenizer, answer, ends=False)) for answer in (" yes", " no"))
+    assert len(long.prompt_ids) + longest == 12
     assert tokenizer.decode(long.prompt_ids).endswith("sat:")
     assert tokenizer.decode(short.prompt_ids + short.answer_ids) == "a: no"
     assert (long.is_cut, short.is_cut) == (True, False)

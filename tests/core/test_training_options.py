@@ -9,7 +9,7 @@ import torch
 
 from bitdistill_core import checkpoint, losses
 from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.data import encode_answer, load_examples
+from bitdistill_core.data import encode_answer, encode_prompt, load_examples
 from bitdistill_core.losses import Batch, Totals
 from bitdistill_core.quantize.rows import quantize_rows
 from bitdistill_core.quantize.weight import WeightQuantizer
@@ -128,12 +128,40 @@ def test_logits_kd_compares_the_words_that_both_models_have(variant: str) -> Non
 def test_a_text_to_learn_ends_with_the_end_token_or_is_cut(workshop: Workshop, tmp_path: Path) -> None:
     tokenizer = workshop.tokenizer
     texts = [" the cat sat", " the film of the story kept the mat warm" * 6]
-    pq.write_table(pa.table({"prompt": ["a b"] * 2, "answer": texts}), tmp_path / "texts.parquet")
-    short, long = load_examples(tmp_path / "texts.parquet", tokenizer, max_length=32, window=64, is_generation=True)
+    prompts = ["a b", "a b", "the cat " * 30]
+    pq.write_table(pa.table({"prompt": prompts, "answer": [*texts, texts[1]]}), tmp_path / "texts.parquet")
+    short, long, both = load_examples(
+        tmp_path / "texts.parquet", tokenizer, max_length=32, window=64, is_generation=True
+    )
     assert short.answer_ids == [*encode_answer(tokenizer, texts[0], ends=False), tokenizer.eos_token_id]
     assert not short.is_cut
-    assert long.answer_ids == encode_answer(tokenizer, texts[1], ends=False)[:16]
+    whole = encode_answer(tokenizer, texts[1], ends=False)
+    assert long.answer_ids == whole[: 32 - len(long.prompt_ids)]
+    assert long.prompt_ids == encode_prompt(tokenizer, prompts[0])
+    assert both.answer_ids == whole[:16]
+    assert len(both.prompt_ids) == 16
     assert long.is_cut
+    assert both.is_cut
+
+
+def test_a_long_text_to_go_on_from_loses_its_middle(workshop: Workshop, tmp_path: Path) -> None:
+    prompt = "the film was about a cat " * 9 + "sat:"
+    pq.write_table(pa.table({"prompt": [prompt], "answer": [" the"]}), tmp_path / "texts.parquet")
+    tokenizer = workshop.tokenizer
+    (example,) = load_examples(tmp_path / "texts.parquet", tokenizer, max_length=23, window=64, is_generation=True)
+    ids, room = encode_prompt(tokenizer, prompt), 23 - len(example.answer_ids)
+    assert example.prompt_ids == [*ids[: room - room // 2], *ids[len(ids) - room // 2 :]]
+
+
+def test_the_length_of_a_cut_prompt_does_not_tell_its_label(workshop: Workshop, tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["the cat " * 30] * 2, "answer": [" a", " the mat was warm"]})
+    pq.write_table(table, tmp_path / "texts.parquet")
+    first, second = load_examples(
+        tmp_path / "texts.parquet", workshop.tokenizer, max_length=32, window=64, is_generation=False
+    )
+    assert len(first.answer_ids) < len(second.answer_ids)
+    assert first.prompt_ids == second.prompt_ids
+    assert len(second.prompt_ids) + len(second.answer_ids) == 32
 
 
 def test_a_head_of_its_own_is_rounded_too() -> None:

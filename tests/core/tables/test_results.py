@@ -83,6 +83,15 @@ def test_the_interval_of_one_seed_is_that_of_a_binomial(make_plan: Callable[...,
     assert row.ci_high == pytest.approx(exact[1], abs=1)
 
 
+def test_all_right_is_an_interval_and_no_difference_is_none(make_plan: Callable[..., Plan]) -> None:
+    results = {TEACHER: classified([True] * 40), STUDENT: classified([True] * 40)}
+    row = rows_of(make_plan(groups={"table1": ONE}), results, {})[0]
+    assert (row.ci_low, row.ci_high) == (pytest.approx(91.24, abs=0.01), pytest.approx(100))
+    found = compare(results, STUDENT, TEACHER, [0])
+    assert found is not None
+    assert (found["difference"], found["ci_low"], found["ci_high"], found["mcnemar_p"]) == (0.0, None, None, 1.0)
+
+
 def test_seeds_widen_the_interval(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(seeds=[0, 1], groups={"table1": ONE})
     correct = [[index < 80 for index in range(100)], [index < 40 for index in range(100)]]
