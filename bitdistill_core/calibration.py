@@ -114,13 +114,9 @@ def preserving_gain(inputs: Iterable[Tensor], eps: float) -> Tensor:
 class _Group:
     """Linears of a block that are treated together, with the norm whose output only they read."""
 
-    linears: dict[str, nn.Module]  # by name in the block; what surgery skipped too
+    linears: dict[str, BitLinear]  # by name in the block
     norm: nn.Module | None
     norm_offset: float  # the norm multiplies by norm_offset + weight
-
-    @property
-    def bit_linears(self) -> dict[str, BitLinear]:
-        return {name: linear for name, linear in self.linears.items() if isinstance(linear, BitLinear)}
 
 
 def _norm_offset(student: PreTrainedModel) -> float:
@@ -135,17 +131,18 @@ def _groups(block: nn.Module, norm_offset: float) -> Iterator[_Group]:
     )
     norms = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": before_mlp}
     for names in GROUPS:
-        linears = {name: block.get_submodule(name) for name in names}
-        shared = []
-        for name, linear in linears.items():
-            if isinstance(linear, BitLinear) and linear.input_norm is not None:
-                yield _Group({name: linear}, linear.input_norm, 0.0)
+        shared: dict[str, BitLinear] = {}
+        for name in names:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, BitLinear)
+            if linear.input_norm is None:
+                shared[name] = linear
             else:
-                shared.append(name)
-        norm = block.get_submodule(norms[names[0]]) if names[0] in norms and len(shared) == len(names) else None
-        group = _Group({name: linears[name] for name in shared}, norm, norm_offset)
-        if group.bit_linears:
-            yield group
+                yield _Group({name: linear}, linear.input_norm, 0.0)
+        if shared:
+            is_all = len(shared) == len(names)
+            norm = block.get_submodule(norms[names[0]]) if names[0] in norms and is_all else None
+            yield _Group(shared, norm, norm_offset)
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def _set_gains(student: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         passage = Passage.begin(student, batches)
         for _ in passage.blocks("SubLN gains"):
             for group in _groups(passage.block, _norm_offset(student)):
-                for layer in group.bit_linears.values():
+                for layer in group.linears.values():
                     if layer.input_norm is not None:
                         eps = layer.input_norm.eps
                         assert eps is not None  # surgery sets it
@@ -215,7 +212,7 @@ def _initialize(
 
 def _initialize_group(passage: Passage, group: _Group, initializer: Literal["gptq", "awq"]) -> list[LayerError]:
     """Moves the latent weights of a group; the errors name its layers as the block does."""
-    layers = group.bit_linears
+    layers = group.linears
     first = next(iter(layers.values()))
     statistics = _Statistics.gather(first, passage.inputs_of(first))
     before = {name: _error(statistics, layer.weight, layer.weight, layer) for name, layer in layers.items()}

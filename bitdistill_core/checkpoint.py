@@ -79,7 +79,8 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     record = surgery_record(config)
     if record is not None:
-        operate(model, **{**record, "quantizer": WeightQuantizer(**record["quantizer"])})
+        quantizer = WeightQuantizer(**record["quantizer"])
+        operate(model, subln=record["subln"], sub_norm_eps=record["sub_norm_eps"], quantizer=quantizer)
     try:
         state = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:

@@ -5,6 +5,8 @@ Where that code ends in `assert_never`, mypy names every place that a new value 
 
 from typing import Literal
 
+ModelType = Literal["qwen3", "qwen2", "llama", "mistral", "gemma3_text"]
+
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant", "two_stage"]
 

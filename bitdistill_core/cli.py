@@ -54,8 +54,7 @@ def convert(
     with one_line_errors():
         from bitdistill_core.params import load_params, run_name
 
-        changes = overrides if data_root is None else [*overrides, f"data.data_root={json.dumps(data_root)}"]
-        params = load_params(params_file, profile=profile, overrides=changes, seed=seed)
+        params = load_params(params_file, profile=profile, overrides=overrides, seed=seed, data_root=data_root)
         run_name(profile, seed=seed, name=name)
         from bitdistill_core.pipeline import require_sources
 
@@ -78,7 +77,7 @@ def convert(
 
 @app.command()
 def stage(
-    stage_name: Annotated[str, typer.Argument(metavar="NAME", help="A stage, or `track` to send a run to MLflow.")],
+    stage_name: Annotated[str, typer.Argument(metavar="NAME", help="A stage, as in `dvc dag`.")],
     profile: Profile = "demo",
     overrides: Overrides = [],  # noqa: B006
     seed: Seed = None,
@@ -91,26 +90,37 @@ def stage(
     """Run one stage; the stages before it must be finished. The last line of stdout is JSON."""
     with one_line_errors():
         from bitdistill_core.params import load_params, run_name
+        from bitdistill_core.pipeline import find_node
 
-        if data_root is not None:
-            overrides = [*overrides, f"data.data_root={json.dumps(data_root)}"]
-        params = load_params(params_file, profile=profile, overrides=overrides, seed=seed)
-        if stage_name != "track":
-            from bitdistill_core.pipeline import find_node
-
-            find_node(stage_name)
+        params = load_params(params_file, profile=profile, overrides=overrides, seed=seed, data_root=data_root)
+        find_node(stage_name)
         run_dir = runs_dir / run_name(profile, seed=seed, name=name)
-        if stage_name == "track":
-            from tasks import tracking
-
-            print(json.dumps(tracking.send(run_dir, params, profile=profile)))
-            return
         from tasks.tracking import run_stage
 
         result = run_stage(stage_name, params, run_dir, profile=profile, track=track)
         if result.was_up_to_date:
             typer.echo(f"{stage_name}: up to date", err=True)
         print(json.dumps({"stage": stage_name, "directory": str(result.directory), "metrics": result.metrics}))
+
+
+@app.command("track")
+def send_to_mlflow(
+    profile: Profile = "demo",
+    overrides: Overrides = [],  # noqa: B006
+    seed: Seed = None,
+    name: Name = None,
+    data_root: DataRoot = None,
+    params_file: ParamsFile = Path("params.yaml"),
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Send a run to MLflow from its files, as when the server was down. The last line of stdout is JSON."""
+    with one_line_errors():
+        from bitdistill_core.params import load_params, run_name
+        from tasks import tracking
+
+        params = load_params(params_file, profile=profile, overrides=overrides, seed=seed, data_root=data_root)
+        run_dir = runs_dir / run_name(profile, seed=seed, name=name)
+        print(json.dumps(tracking.send(run_dir, params, profile=profile)))
 
 
 @app.command()
@@ -286,13 +296,12 @@ def packed_path(model: Path) -> Path:
 
 
 def _task_template(engine: Any, model: Path, kind: Literal["classification", "generation"], remedy: str) -> Any:
-    from bitdistill_core.templates import Template
+    from bitdistill_core.templates import packed_template
 
     task = engine.model.task
     if task is None or task["kind"] != kind:
         raise ValueError(f"this needs a model for {kind}; got model={model}, task={task and task['name']}; {remedy}")
-    fields = {"label_words": task["label_words"]} if kind == "classification" else {}
-    return Template(kind=kind, prompt=task["prompt"], answer_column="answer", **fields)
+    return packed_template(task)
 
 
 def _numbered(texts: list[str]) -> Iterator[tuple[str, str]]:

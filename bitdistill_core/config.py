@@ -15,16 +15,17 @@ from bitdistill_core.choices import (
     Grid,
     Initializer,
     LossVariant,
+    ModelType,
     Precision,
     ScaleRule,
     Schedule,
     Subln,
     SublnGain,
 )
+from bitdistill_core.engine.config import MAX_THREADS
 from bitdistill_core.templates import TEMPLATES, Template
 
 MAX_SEED = 10**12  # times a million, and a step, is a seed of PyTorch's
-MAX_THREADS = 1024
 
 
 class Section(BaseModel):
@@ -149,7 +150,7 @@ class TaskSection(TrainSection):
 class ScratchConfig(BlocksSection):
     """A small causal LM trained from nothing, for the demo. Used when base.checkpoint is null."""
 
-    architecture: Literal["qwen3", "qwen2", "llama", "gemma3_text"]
+    architecture: ModelType
     vocab_size: int = Field(ge=300)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)

@@ -3,6 +3,7 @@
 Not for what the parameters are: config.py.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,12 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_params(
-    path: Path, *, profile: str | None = None, overrides: Sequence[str] = (), seed: int | None = None
+    path: Path,
+    *,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    data_root: str | None = None,
 ) -> Params:
     """The validated parameters: params.yaml, then profiles/PROFILE.yaml beside it, then `section.key=value` overrides.
 
@@ -27,6 +33,7 @@ def load_params(
         profile: a file name in `profiles/` without its ending; None and "demo" are params.yaml alone.
         overrides: `section.key=value`, value in YAML.
         seed: replaces every key `seed`.
+        data_root: replaces data.data_root.
     Raises:
         ValueError: an unreadable file, an unknown profile or key, a wrong type; the message names the key.
     """
@@ -37,6 +44,8 @@ def load_params(
         _apply_override(values, override)
     if seed is not None:
         _set_seeds(values, seed)
+    if data_root is not None:
+        _apply_override(values, f"data.data_root={json.dumps(data_root)}")
     return validated(Params, values)
 
 

@@ -4,18 +4,16 @@ Works on any Qwen3, Qwen2, Llama-family or Gemma3 text model without forking it:
 decoder blocks change. Embeddings, lm_head and the model's own norms stay dense.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitdistill_core.bitlinear import BitLinear
-from bitdistill_core.choices import Subln
+from bitdistill_core.choices import ModelType, Subln
 from bitdistill_core.quantize.weight import WeightQuantizer, require_divisible
 
-# model_type -> family, as users know it
-SUPPORTED_ARCHITECTURES = {
+FAMILIES: dict[ModelType, str] = {  # as users know them
     "qwen3": "Qwen3",
     "qwen2": "Qwen2 and Qwen2.5",
     "llama": "Llama and SmolLM2",
@@ -37,8 +35,8 @@ class Change:
 
 def require_supported(config: PretrainedConfig) -> None:
     """Raises ValueError, naming the supported architectures, if surgery does not know this one."""
-    if config.model_type not in SUPPORTED_ARCHITECTURES:
-        supported = ", ".join(f"{key} ({name})" for key, name in SUPPORTED_ARCHITECTURES.items())
+    if config.model_type not in FAMILIES:
+        supported = ", ".join(f"{key} ({name})" for key, name in FAMILIES.items())
         raise ValueError(
             f"unsupported architecture model_type={config.model_type}; supported are {supported}; "
             "start from a checkpoint of one of these"
@@ -50,7 +48,6 @@ def operate(
     *,
     subln: Subln,
     sub_norm_eps: float,
-    skip_modules: Sequence[str] = (),
     quantizer: WeightQuantizer = WeightQuantizer(),  # noqa: B008  (frozen)
 ) -> list[Change]:
     """Turns `model` into a student in place and reports every module changed; the model's config records how.
@@ -58,24 +55,14 @@ def operate(
     SubLN is an RMSNorm on the input of a projection, gain 1. The paper (Eq. 4-5) norms the input of `o_proj` and
     `down_proj` (`output`); the authors' released configurations norm the input of all seven projections (`all`).
 
-    Args:
-        skip_modules: names below the decoder, like `layers.0.mlp.down_proj`, that stay full precision.
     Raises:
-        ValueError: unsupported architecture, a name in `skip_modules` that matches nothing, no module to change, or
-            blocks that do not divide a layer's width.
+        ValueError: unsupported architecture, no module to change, or blocks that do not divide a layer's width.
     """
     require_supported(model.config)
     decoder = model.get_decoder()
     linears = {f"layers.{n}": m for n, m in decoder.layers.named_modules() if isinstance(m, nn.Linear)}
-    unknown = [name for name in skip_modules if name not in linears]
-    if unknown:
-        raise ValueError(
-            f"skip_modules matches no linear layer: {', '.join(unknown)}; one is {next(iter(linears), 'none')}"
-        )
     changes = []
     for name, linear in linears.items():
-        if name in skip_modules:
-            continue
         parent_name, _, child = name.rpartition(".")
         has_sub_norm = subln == "all" or (subln == "output" and child in OUTPUT_PROJECTIONS)
         weight = linear.get_parameter("weight")
@@ -88,12 +75,7 @@ def operate(
     if not changes:
         raise ValueError(
             f"surgery changed no module of this {model.config.model_type} model: no linear layer is left in its "
-            "decoder; it may be a student already, or skip_modules names everything"
+            "decoder; it may be a student already"
         )
-    model.config.bitdistill = {
-        "subln": subln,
-        "sub_norm_eps": sub_norm_eps,
-        "skip_modules": list(skip_modules),
-        "quantizer": asdict(quantizer),
-    }
+    model.config.bitdistill = {"subln": subln, "sub_norm_eps": sub_norm_eps, "quantizer": asdict(quantizer)}
     return changes

@@ -110,6 +110,11 @@ class Template(BaseModel):
         return value
 
 
+def packed_template(task: Mapping[str, Any]) -> Template:
+    """The template in the task.json of a packed file, for prompts alone: it may show any column, an answer too."""
+    return Template(kind=task["kind"], prompt=task["prompt"], label_words=task["label_words"], answer_column=".")
+
+
 def _one_line(value: Any) -> Any:
     return " ".join(value.split()) if isinstance(value, str) else value
 

@@ -61,9 +61,7 @@ def convert(
         ValueError: a wrong parameter, before any stage starts, or what the failing stage says.
     """
     changes = override_strings(overrides)
-    if data_root is not None:
-        changes.append(f"data.data_root={json.dumps(data_root)}")
-    params = load_params(params_file, profile=profile, overrides=changes, seed=seed)
+    params = load_params(params_file, profile=profile, overrides=changes, seed=seed, data_root=data_root)
     run_dir = runs_dir / run_name(profile, seed=seed, name=name)
     recording = tracking.track_conversion(run_dir, params, profile=profile, flow_run_id=flow_run.id, enabled=track)
     with recording as conversion:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitdistill_core.engine.model import Engine
-from bitdistill_core.templates import Template
+from bitdistill_core.templates import packed_template
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -26,9 +26,7 @@ class PackedModel:
         if task is None:
             raise ValueError(f"prediction needs a packed file that names its task; got path={path}; pack it with a run")
         self.label_words: list[str] = task["label_words"]
-        self.template = Template(
-            kind=task["kind"], prompt=task["prompt"], label_words=self.label_words, answer_column="label"
-        )
+        self.template = packed_template(task)
 
     def predict(self, data: "pd.DataFrame", params: dict[str, Any] | None = None) -> "pd.DataFrame":
         """Columns `label` and `probability`, or `text` for a generation task, one row for each of `data`.

@@ -16,7 +16,7 @@ def section_of(node: Node, params: Params) -> dict[str, Any]:
     return section
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_unchecked(directory: Path) -> dict[str, Any]:
     """The manifest of a finished stage, without checking its files."""
     manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
     return manifest
@@ -50,7 +50,7 @@ def current_manifests(run_dir: Path, params: Params) -> dict[str, dict[str, Any]
         directory = node.directory(run_dir)
         if not is_finished(node, run_dir) or not set(node.inputs.values()) <= set(current):
             continue
-        manifest = read_manifest(directory)
+        manifest = read_unchecked(directory)
         outputs_of = {field: outputs[source] for field, source in node.inputs.items()}
         inputs = digest_inputs(node.stage.Inputs, outputs_of, reads_metrics=node.reads_metrics)
         if manifest["inputs"] == inputs and _decisive(manifest["config"]) == _decisive(section_of(node, params)):

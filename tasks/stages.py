@@ -20,7 +20,6 @@ from bitdistill_core.tables.cell import run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import OutOfTime
 from tasks.tracking import Conversion, run_tracked
-from tasks.tracking import run_stage as run_stage  # for the command line
 
 Outcome = dict[str, Any]
 BUSY = "Busy"  # the state of a cell that another process works on

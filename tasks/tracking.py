@@ -26,7 +26,7 @@ from bitdistill_core.pipeline import NODES, Node, find_node, run_node
 from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
 from tasks.parameters import without_private
 from tasks.results import headline_metrics, packed_score
-from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_manifest, section_of
+from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_unchecked, section_of
 from tasks.versioning import git_commit
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _guarded(
             self.is_off = True
             log.warning(
                 "MLflow tracking is off for the rest of this run (%s); nothing is lost: the metrics are in %s, and "
-                "`bitdistill stage track` sends them later",
+                "`bitdistill track` sends them later",
                 cause,
                 self.run_dir,
             )
@@ -169,7 +169,7 @@ class Conversion:
     def send_stage(self, node: Node) -> None:
         """Sends what MLflow lacks of a finished stage."""
         directory = node.directory(self.run_dir)
-        manifest = read_manifest(directory)
+        manifest = read_unchecked(directory)
         self._done.add(node.name)
         lines = [json.loads(line) for line in (directory / METRICS_LOG).read_text().splitlines()]
         run = self._stages.get(node.name) or self._find_stage(node, manifest["fingerprint"])
@@ -289,7 +289,7 @@ class Conversion:
     def _log_results(self) -> None:
         """The report, its headline numbers and the packed model, once for each report."""
         directory = self.run_dir / "report"
-        manifest = read_manifest(directory)
+        manifest = read_unchecked(directory)
         run_id = self._parent.info.run_id
         if self._parent.data.tags.get("bitdistill.report") == manifest["fingerprint"]:
             return
@@ -299,7 +299,7 @@ class Conversion:
         metrics.flush()
         self._client.log_artifacts(run_id, str(directory), "report")
         split = results["headline_split"]
-        examples = read_manifest(self.run_dir / "data")["outputs"][f"examples/{split}.parquet"]
+        examples = read_unchecked(self.run_dir / "data")["outputs"][f"examples/{split}.parquet"]
         self._register_packed(packed_score(results), examples)
         self._client.set_tag(run_id, "bitdistill.report", manifest["fingerprint"])
 
@@ -311,7 +311,7 @@ class Conversion:
         import mlflow
 
         directory = find_node(PACKED).directory(self.run_dir)
-        manifest, run_id = read_manifest(directory), self._parent.info.run_id
+        manifest, run_id = read_unchecked(directory), self._parent.info.run_id
         if self._parent.data.tags.get("bitdistill.packed") == manifest["fingerprint"]:
             return
         with mlflow.start_run(run_id=run_id, nested=True):  # pyfunc.log_model knows only the active run

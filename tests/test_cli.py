@@ -13,7 +13,19 @@ from tests.conftest import ROOT
 from tests.core.classifiers import write_classifier
 
 BITDISTILL = Path(sys.executable).with_name("bitdistill")
-COMMANDS = ["convert", "stage", "classify", "generate", "bench", "inspect", "report", "tables", "cell", "estimate"]
+COMMANDS = [
+    "convert",
+    "stage",
+    "track",
+    "classify",
+    "generate",
+    "bench",
+    "inspect",
+    "report",
+    "tables",
+    "cell",
+    "estimate",
+]
 
 
 def test_help_names_every_command_and_fits_a_screen() -> None:

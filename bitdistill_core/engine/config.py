@@ -8,12 +8,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text")
-SUBLN_PLACEMENTS = ("none", "output", "all")
+from bitdistill_core.choices import ModelType, Subln
+
+SUPPORTED_MODEL_TYPES = get_args(ModelType)
+SUBLN_PLACEMENTS = get_args(Subln)
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -25,6 +27,7 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
+MAX_THREADS = 1024
 MAX_HIDDEN_SIZE = 1 << 16  # the sums of the output head's INT8 rows fit 32 bits
 
 
@@ -119,7 +122,7 @@ def engine_config(hf_config: dict[str, Any], *, eos_token_ids: list[int] | None 
     Raises:
         ValueError: an architecture, RoPE type or option this engine does not compute.
     """
-    model_type = hf_config.get("model_type")
+    model_type: Any = hf_config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"the engine supports model_type {', '.join(SUPPORTED_MODEL_TYPES)}; got model_type={model_type}; "
@@ -261,11 +264,6 @@ def _surgery(hf_config: dict[str, Any]) -> tuple[str, float]:
         raise ValueError(
             f"a student's config.json needs bitdistill.subln, one of {', '.join(SUBLN_PLACEMENTS)}, and "
             f"bitdistill.sub_norm_eps; got bitdistill={hf_config.get('bitdistill')}; pack a checkpoint made by surgery"
-        )
-    if surgery.get("skip_modules"):
-        raise ValueError(
-            "the packed format holds every linear layer of the decoder as ternary; got "
-            f"skip_modules={surgery['skip_modules']}; pack a student made without"
         )
     return surgery["subln"], float(surgery["sub_norm_eps"])
 

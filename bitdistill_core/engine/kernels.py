@@ -5,6 +5,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill_core.engine.config import MAX_THREADS
 from bitdistill_core.panels import LINE_K, PANEL_ROWS, base3_shape, empty_lines, packed_shape, panel_scales
 
 try:
@@ -14,8 +15,6 @@ except ImportError as error:
         f"the native extension bitdistill_core.engine._native cannot be imported ({error}); "
         "build it with: pip install --no-build-isolation -e ."
     ) from error
-
-MAX_THREADS = 1024
 
 
 def available_kernels() -> list[str]:

@@ -18,9 +18,7 @@ SCALE_MULTIPLIERS = (1.0, *(0.6 + 0.05 * i for i in range(33)))
 
 
 @torch.no_grad()
-def gptq(
-    weight: Tensor, hessian: Tensor, quantizer: WeightQuantizer, *, damp: float = 0.01, act_order: bool = True
-) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, quantizer: WeightQuantizer, *, damp: float = 0.01) -> tuple[Tensor, Tensor]:
     """Codes and scale of a weight matrix that keep its output on the calibration tokens.
 
     Both minimise tr((W - scale * codes) H (W - scale * codes)^T), H the Hessian: the scale by `searched_scale`, the
@@ -29,12 +27,12 @@ def gptq(
     Args:
         weight: (N, K), any float dtype. Computed in fp32.
         hessian: (K, K), the sum of x x^T over the calibration tokens, x the input the weight multiplies.
-        damp, act_order: see `compensated_codes`.
+        damp: see `compensated_codes`.
     Returns:
         codes (N, K) int8; scale fp32 as `weight_scale` shapes it, to be multiplied.
     """
     scale = searched_scale(weight, hessian.diagonal(), quantizer)
-    return compensated_codes(weight, hessian, scale, quantizer, damp=damp, act_order=act_order), scale
+    return compensated_codes(weight, hessian, scale, quantizer, damp=damp), scale
 
 
 @torch.no_grad()

@@ -121,8 +121,6 @@ def pack_model(
     record = checkpoint.surgery_record(student.config)
     if record is None:
         raise ValueError("packing needs a student; this checkpoint had no surgery; run the surgery stage first")
-    if record["skip_modules"]:
-        raise ValueError(f"the packed file holds ternary layers only; got skip_modules={record['skip_modules']}")
     linears = {name: _ternary(name, m) for name, m in student.named_modules() if isinstance(m, BitLinear)}
     embeddings = {"model.embed_tokens": _int8(student.get_input_embeddings())}
     if not student.config.tie_word_embeddings:

@@ -52,7 +52,6 @@ def test_engine_config_refuses_what_the_engine_does_not_compute() -> None:
         (base | {"hidden_size": None}, "needs hidden_size as a positive integer; got hidden_size=None"),
         (base | {"num_key_value_heads": 3}, "num_attention_heads=4 num_key_value_heads=3"),
         (base | {"bitdistill": None}, "needs bitdistill.subln, one of none, output, all"),
-        (base | {"bitdistill": surgery["bitdistill"] | {"skip_modules": ["a"]}}, r"skip_modules=\['a'\]"),
         (gemma | {"attn_logit_softcapping": 50.0}, "does not apply attn_logit_softcapping .*=50.0"),
         (gemma | {"use_bidirectional_attention": True}, "computes causal attention"),
     ]

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from bitdistill_core.templates import TEMPLATES, Template
+from bitdistill_core.templates import TEMPLATES, Template, packed_template
+
+
+def test_a_packed_prompt_may_show_a_column_called_like_an_answer() -> None:
+    task = {"name": "custom", "kind": "classification", "prompt": "{answer} {label}:", "label_words": ["a", "b"]}
+    assert packed_template(task).render_prompt({"answer": "x", "label": "y"}) == "x y:"
+    assert packed_template(task | {"kind": "generation", "label_words": []}).columns == ["answer", "label"]
 
 
 @pytest.mark.parametrize("task", sorted(TEMPLATES))
