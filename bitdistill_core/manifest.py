@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +147,24 @@ def execute(
         (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         outputs = {str(p.relative_to(out_dir)): digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
         whole = {"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "outputs": outputs}
-        manifest = {**identity, **whole, **times}
+        manifest = {**identity, **whole, **times, "commit": code_commit()}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace_directory(out_dir, directory)
         shutil.rmtree(work_root, ignore_errors=True)
     return Result(directory, metrics, was_up_to_date=False, seconds=times["seconds"])
+
+
+@cache
+def code_commit() -> str | None:
+    """The git commit of this code, with a + where files differ from it; None outside of a clone or without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @contextmanager

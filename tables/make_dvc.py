@@ -30,21 +30,9 @@ STAGES = f"""\
       cmd: bitdistill cell ${{item.model}} ${{item.task}} ${{item.method}} ${{item.seed}} --profile {SCALE}
       deps:
         - bitdistill_core/__init__.py  # the code version
-      params:
-        - data
-        - base
-        - surgery
-        - teacher
-        - pretrain
-        - distill
-        - evaluate
-        - tables/{SCALE}.yaml:
-            - params
-            - models
-            - tasks
-            - methods
-        - tables/methods.yaml:
-            - methods
+        - params.yaml
+        - tables/methods.yaml
+        - tables/{SCALE}.yaml
       outs:
         - results/{SCALE}/cells/${{item.model}}/${{item.task}}/${{item.method}}/seed${{item.seed}}.json:
             cache: false

@@ -118,15 +118,6 @@ def test_dvc_knows_the_tables(plan: Plan, make_dvc: Any) -> None:
     assert [next(iter(out)) for out in tables["outs"]] == [f"results/cpu/{name}" for name in make_dvc["outputs"](plan)]
 
 
-def test_the_parameters_of_a_cell_in_dvc_are_those_that_it_reads(plan: Plan) -> None:
-    stages = dvc_stages("tables/dvc.yaml")
-    sections = {
-        section for section in stages["cell@qwen3-0.5m-sst2-bitdistill-0"]["params"] if isinstance(section, str)
-    }
-    read = {step.name for cell in plan.cells() for step in chain(plan, cell).before()}
-    assert sections == {*read, "evaluate"}
-
-
 def test_dvc_knows_every_file_that_rendering_writes(
     plan: Plan,
     make_dvc: Any,

@@ -24,9 +24,10 @@ from bitdistill_core.tables.speed import SPEED, measure_speed, speed_rows
 from tests.core.tables.conftest import SCALE, tiny_plan
 
 TEACHER, PTQ, STUDENT = (Cell("small", "reviews", method, 0) for method in ("fp16_sft", "ptq", "bitdistill"))
-KEYS = {"cell", "recipe", "sources", "seconds", "device", "floors", "split", "num_examples", "metrics", "curves"} | {
-    "weights"
-}
+KEYS = {
+    "cell", "recipe", "sources", "seconds", "device", "commit", "floors", "split", "num_examples", "metrics", "curves",
+    "weights",
+}  # fmt: skip
 
 
 @dataclass
