@@ -23,6 +23,7 @@ from bitdistill_core.config import BaseConfig, ScratchConfig
 from bitdistill_core.corpus import iter_texts
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.stages import training
+from bitdistill_core.stages.training import Context
 
 END = "<|endoftext|>"
 
@@ -82,9 +83,7 @@ def _train_scratch(
     tokenizer = train_tokenizer(inputs.data / "corpus", vocab_size=config.vocab_size)
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_config(_scratch_config(config, tokenizer))
-    metrics = training.train_on_corpus(
-        model, tokenizer, config, inputs.data, name="base", work_dir=work_dir, report=report, device=device
-    )
+    metrics = training.train_on_corpus(model, tokenizer, config, inputs.data, Context("base", work_dir, report, device))
     return model, tokenizer, metrics
 
 

@@ -12,6 +12,7 @@ from bitdistill_core import checkpoint
 from bitdistill_core.config import BitnetSftConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.stages import training
+from bitdistill_core.stages.training import Context
 from bitdistill_core.surgery import operate
 
 
@@ -30,7 +31,7 @@ def run(
     student, tokenizer = checkpoint.load_model(inputs.model)
     operate(student, subln="none", sub_norm_eps=1e-6)
     metrics = training.train_on_task(
-        student, tokenizer, config, inputs.data, name="bitnet_sft", work_dir=work_dir, report=report, device=device
+        student, tokenizer, config, inputs.data, Context("bitnet_sft", work_dir, report, device)
     )
     training.round_embeddings(student)
     checkpoint.save_model(student, tokenizer, out_dir)

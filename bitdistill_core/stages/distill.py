@@ -18,7 +18,8 @@ from bitdistill_core import checkpoint, losses
 from bitdistill_core.config import DistillConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.relations import captured
-from bitdistill_core.stages import training
+from bitdistill_core.stages import student, training
+from bitdistill_core.stages.training import Context
 
 
 @dataclass(frozen=True)
@@ -39,68 +40,53 @@ def run(
         ValueError: teacher and student of different vocabularies, a layer that does not exist, or relation heads that
             do not divide the width of Q, K and V.
     """
-    student, tokenizer = checkpoint.load_model(inputs.student)
+    model, tokenizer = checkpoint.load_model(inputs.student)
+    context = Context("distill", work_dir, report, device)
     metrics: Metrics = {}
     with ExitStack() as stack:
         loss_fn = None
         if config.is_taught:
-            teacher, teacher_tokenizer = training.load_teacher(
-                inputs.teacher, student, config, name="distill", device=device, stack=stack
-            )
-            training.require_same_vocabulary(tokenizer, teacher_tokenizer)
+            teacher, teacher_tokenizer = student.load_teacher(inputs.teacher, model, config, context, stack)
+            student.require_same_vocabulary(tokenizer, teacher_tokenizer)
             if config.blockwise.num_epochs:
                 batches = training.task_batches(
-                    student,
+                    model,
                     tokenizer,
                     config,
                     inputs.data,
                     batch_size=config.blockwise.batch_size,
                     without_contained=config.blockwise.drop_contained,
                 )
-                metrics = training.train_blockwise(
-                    student,
-                    teacher,
-                    config,
-                    batches,
-                    num_steps=batches.steps_per_epoch,
-                    name="distill",
-                    work_dir=work_dir,
-                    report=report,
-                    device=device,
+                metrics = student.train_blockwise(
+                    model, teacher, config, batches, context, num_steps=batches.steps_per_epoch
                 )
             if config.has_taught_loss:
-                attention_kd = _attention_kd(config, student, teacher, stack) if config.attention_kd_weight else None
-                loss_fn = training.taught_loss_fn(
-                    student, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
+                attention_kd = _attention_kd(config, model, teacher, stack) if config.attention_kd_weight else None
+                loss_fn = student.taught_loss_fn(
+                    model, teacher, config, stack, variant=config.loss, attention_kd=attention_kd
                 )
-        if config.threshold_margin:
-            training.clear_thresholds(student, config.threshold_margin)
-        on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
         metrics = metrics | training.train_on_task(
-            student,
+            model,
             tokenizer,
             config,
             inputs.data,
-            name="distill",
-            work_dir=work_dir,
-            report=report,
-            device=device,
+            context,
             loss_fn=loss_fn,
-            on_step=on_step,
+            on_step=stack.enter_context(student.ready(model, config)),
             grad_norm_every=config.grad_norm_every,
             balance_grad_norms=config.balance_grad_norms,
         )
-    training.round_embeddings(student)
-    checkpoint.save_model(student, tokenizer, out_dir)
+    training.round_embeddings(model)
+    checkpoint.save_model(model, tokenizer, out_dir)
     return metrics
 
 
 def _attention_kd(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack
+    config: DistillConfig, model: PreTrainedModel, teacher: PreTrainedModel, stack: ExitStack
 ) -> Callable[[losses.Batch], Tensor]:
     """The weighted term of Eq. 10-12; states of both models are captured until `stack` closes."""
-    pairs = layer_pairs(config, student.config, teacher.config)
-    student_states = stack.enter_context(captured(student, [s for s, _ in pairs]))
+    pairs = layer_pairs(config, model.config, teacher.config)
+    student_states = stack.enter_context(captured(model, [s for s, _ in pairs]))
     teacher_states = stack.enter_context(captured(teacher, [t for _, t in pairs]))
 
     def attention_kd(batch: losses.Batch) -> Tensor:
@@ -116,7 +102,7 @@ def _attention_kd(
     return attention_kd
 
 
-def layer_pairs(config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> list[tuple[int, int]]:
+def layer_pairs(config: DistillConfig, own: PretrainedConfig, teacher: PretrainedConfig) -> list[tuple[int, int]]:
     """(student layer, teacher layer), counted from 0. Negative indices count from the end of each model; none: all.
 
     Raises:
@@ -129,7 +115,7 @@ def layer_pairs(config: DistillConfig, student: PretrainedConfig, teacher: Pretr
             raise ValueError(f"{key} must name layers of a model with num_layers={depth}; got {layer}")
         return layer % depth
 
-    for model in (student, teacher):
+    for model in (own, teacher):
         head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         for name, heads in (("query", model.num_attention_heads), ("key", model.num_key_value_heads)):
             if heads * head_dim % config.num_relation_heads:
@@ -137,8 +123,8 @@ def layer_pairs(config: DistillConfig, student: PretrainedConfig, teacher: Pretr
                     f"distill.num_relation_heads must divide the {name} width of teacher and student; got "
                     f"width={heads * head_dim}, num_relation_heads={config.num_relation_heads}"
                 )
-    layers = config.distill_layers or range(int(student.num_hidden_layers))
+    layers = config.distill_layers or range(int(own.num_hidden_layers))
     return [
-        (resolve(s, student, "distill.distill_layers"), resolve(t, teacher, "distill.teacher_layers"))
+        (resolve(s, own, "distill.distill_layers"), resolve(t, teacher, "distill.teacher_layers"))
         for s, t in zip(layers, config.teacher_layers or layers, strict=True)
     ]

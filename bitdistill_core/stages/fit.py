@@ -12,7 +12,8 @@ from bitdistill_core.corpus import iter_texts
 from bitdistill_core.data import encode_answer
 from bitdistill_core.quantize.weight import require_divisible
 from bitdistill_core.stages import distill, surgery
-from bitdistill_core.stages.training import require_same_vocabulary, require_window
+from bitdistill_core.stages.student import require_same_vocabulary
+from bitdistill_core.stages.training import require_window
 
 
 def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: Path | None = None) -> None:

@@ -13,7 +13,8 @@ import torch
 from bitdistill_core import checkpoint
 from bitdistill_core.config import PretrainConfig
 from bitdistill_core.manifest import Metrics, Report
-from bitdistill_core.stages import training
+from bitdistill_core.stages import student, training
+from bitdistill_core.stages.training import Context
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def run(
     config: PretrainConfig, inputs: Inputs, *, out_dir: Path, work_dir: Path, report: Report, device: torch.device
 ) -> Metrics:
     """Writes the student after block-wise training and `num_tokens` of the corpus; without either as it came."""
-    student, tokenizer = checkpoint.load_model(inputs.student)
+    model, tokenizer = checkpoint.load_model(inputs.student)
+    context = Context("pretrain", work_dir, report, device)
     metrics: Metrics = {}
     blockwise, blockwise_steps = config.blockwise, 0
     if blockwise.num_epochs:
@@ -38,52 +40,25 @@ def run(
         with ExitStack() as stack:
             loss_fn = None
             if config.is_taught:
-                teacher, _ = training.load_teacher(
-                    inputs.base, student, config, name="pretrain", device=device, stack=stack
-                )
+                teacher, _ = student.load_teacher(inputs.base, model, config, context, stack)
             if blockwise_steps:
-                training.require_window(student.config, config.block_size, "pretrain.block_size")
-                metrics = training.train_blockwise(
-                    student,
-                    teacher,
+                training.require_window(model.config, config.block_size, "pretrain.block_size")
+                batches = training.corpus_batches(
+                    tokenizer,
                     config,
-                    training.corpus_batches(
-                        tokenizer,
-                        config,
-                        inputs.data,
-                        num_tokens=blockwise.num_tokens,
-                        out=work_dir / "blockwise-tokens.bin",
-                        batch_size=blockwise.batch_size,
-                    ),
-                    num_steps=blockwise_steps,
-                    name="pretrain",
-                    work_dir=work_dir,
-                    report=report,
-                    device=device,
+                    inputs.data,
+                    num_tokens=blockwise.num_tokens,
+                    out=work_dir / "blockwise-tokens.bin",
+                    batch_size=blockwise.batch_size,
                 )
-            if config.has_taught_loss:
-                loss_fn = training.taught_loss_fn(
-                    student,
-                    teacher,
-                    config,
-                    stack,
-                    task_loss_weight=config.task_loss_weight,
-                    variant="authors",  # every position; tau squared keeps the gradient's size
+                metrics = student.train_blockwise(model, teacher, config, batches, context, num_steps=blockwise_steps)
+            if config.has_taught_loss:  # at every position; tau squared keeps the gradient's size
+                loss_fn = student.taught_loss_fn(
+                    model, teacher, config, stack, task_loss_weight=config.task_loss_weight, variant="authors"
                 )
-            if config.threshold_margin:
-                training.clear_thresholds(student, config.threshold_margin)
-            on_step = stack.enter_context(training.quantization_warmup(student, config.quantization_warmup))
+            on_step = stack.enter_context(student.ready(model, config))
             metrics = metrics | training.train_on_corpus(
-                student,
-                tokenizer,
-                config,
-                inputs.data,
-                name="pretrain",
-                work_dir=work_dir,
-                report=report,
-                device=device,
-                loss_fn=loss_fn,
-                on_step=on_step,
+                model, tokenizer, config, inputs.data, context, loss_fn=loss_fn, on_step=on_step
             )
-    checkpoint.save_model(student, tokenizer, out_dir)
+    checkpoint.save_model(model, tokenizer, out_dir)
     return metrics

@@ -9,6 +9,7 @@ from bitdistill_core import checkpoint
 from bitdistill_core.config import TeacherConfig
 from bitdistill_core.manifest import Metrics, Report
 from bitdistill_core.stages import training
+from bitdistill_core.stages.training import Context
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def run(
     """Writes the fine-tuned model."""
     model, tokenizer = checkpoint.load_model(inputs.model)
     metrics = training.train_on_task(
-        model, tokenizer, config, inputs.data, name="teacher", work_dir=work_dir, report=report, device=device
+        model, tokenizer, config, inputs.data, Context("teacher", work_dir, report, device)
     )
     checkpoint.save_model(model, tokenizer, out_dir)
     return metrics

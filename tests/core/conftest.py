@@ -166,4 +166,5 @@ SHORT: dict[str, dict[str, object]] = {  # for models of 64 tokens; two steps of
 def section(name: str, **changes: object) -> Any:
     """A section of params.yaml as the workshop's models need it, with changes."""
     values = read_yaml(Path(__file__).parents[2] / "params.yaml")
+    values["pretrain"]["num_tokens"] *= name == "pretrain"  # no stage before this one rules its values out
     return getattr(validated(Params, {**values, name: {**values[name], **SHORT.get(name, {}), **changes}}), name)

@@ -21,7 +21,8 @@ from bitdistill_core.quantize.weight import WeightQuantizer, quantize_weight
 from bitdistill_core.relations import captured
 from bitdistill_core.stages import distill, pretrain, surgery, teacher
 from bitdistill_core.stages.distill import layer_pairs
-from bitdistill_core.stages.training import clear_thresholds, load_teacher, quantization_warmup
+from bitdistill_core.stages.student import clear_thresholds, load_teacher, quantization_warmup
+from bitdistill_core.stages.training import Context
 from tests.core.conftest import Workshop, build, section
 from tests.core.hooks import block_outputs
 
@@ -317,8 +318,9 @@ def test_a_margin_needs_the_absmean_scale(workshop: Workshop, student: Path) -> 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
 def test_a_teacher_in_bfloat16_keeps_its_positions(workshop: Workshop, model_type: str) -> None:
     path = workshop.model("teacher", model_type)
-    config, place = section("distill", precision="bfloat16"), {"device": torch.device("cpu"), "stack": ExitStack()}
-    taught, _ = load_teacher(path, build(model_type), config, name="distill", **place)
+    context = Context("distill", path.parent, lambda metrics, step: None, torch.device("cpu"))
+    config = section("distill", precision="bfloat16")
+    taught, _ = load_teacher(path, build(model_type), config, context, ExitStack())
     assert {p.dtype for p in taught.parameters()} == {torch.bfloat16}
     buffers = dict(taught.named_buffers())
     assert any("inv_freq" in name for name in buffers)

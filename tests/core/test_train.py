@@ -11,7 +11,7 @@ from bitdistill_core import losses, train
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.data import Example, ExampleBatches
 from bitdistill_core.schedules import learning_rate_factor
-from bitdistill_core.stages.training import quantization_warmup
+from bitdistill_core.stages.student import quantization_warmup
 from bitdistill_core.surgery import operate
 from tests.core.conftest import build
 
