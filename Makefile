@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # e.g. --extra-index-url https://download.pytorch.org/whl/cpu, for a build without CUDA
 TORCH_OPTIONS ?=
+# most tests are of one thread
+TEST_PROCESSES ?= 2
 # optional dependencies to install, as pip writes them; the training image has none
 EXTRAS ?= [dev]
 CPP := $(foreach folder,bitdistill_core/engine/native tests/native,$(wildcard $(folder)/*.h $(folder)/*.cpp))
@@ -22,7 +24,7 @@ demo: setup
 	$(BIN)/bitdistill convert --profile demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
