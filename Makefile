@@ -17,6 +17,7 @@ STAMP := $(VENV)/.installed$(subst [,-,$(subst ],,$(EXTRAS)))
 help:
 	@echo "make demo   convert the demo model and print where the report is"
 	@echo "make test   run the test suite"
+	@echo "make setup  environment and native extension only"
 	@echo "make lint   ruff, mypy and the length of C++ lines"
 	@echo "make clean  remove the environment, the build and the demo's run"
 

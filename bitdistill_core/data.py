@@ -89,7 +89,8 @@ def load_examples(
     examples: list[Example] = []
     for prompt_ids, answer in zip(encode_prompts(tokenizer, prompts), answers, strict=True):
         whole = unique_answers[answer]
-        answer_ids = whole[: max(1, max_length // 2, max_length - len(prompt_ids))] if is_generation else whole
+        kept = max(1, max_length // 2, max_length - max(2, len(prompt_ids)))
+        answer_ids = whole[:kept] if is_generation else whole
         room = max_length - (len(answer_ids) if is_generation else longest)
         if len(prompt_ids) <= leading:
             raise ValueError(

@@ -140,6 +140,7 @@ def execute(
         out_dir.mkdir(parents=True)
         recorder = _Recorder(work_dir, report)
         report({}, 0)  # it begins, maybe hours before its first figure
+        commit = code_commit()  # before hours in which the code may be edited
         metrics = run(config, inputs, out_dir=out_dir, work_dir=work_dir, report=recorder, **context)
         ended = time.time()
         times = {"seconds": recorder.seconds(ended), "started": recorder.starts[0], "ended": ended}
@@ -147,7 +148,7 @@ def execute(
         (out_dir / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         outputs = {str(p.relative_to(out_dir)): digest_file(p) for p in sorted(out_dir.rglob("*")) if p.is_file()}
         whole = {"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "outputs": outputs}
-        manifest = {**identity, **whole, **times, "commit": code_commit()}
+        manifest = {**identity, **whole, **times, "commit": commit}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace_directory(out_dir, directory)
         shutil.rmtree(work_root, ignore_errors=True)
@@ -156,14 +157,19 @@ def execute(
 
 @cache
 def code_commit() -> str | None:
-    """The git commit of this code, with a + where files differ from it; None outside of a clone or without git."""
+    """The git commit of this code, with a + where a file of the library differs; None outside of a clone."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+
+    try:
+        is_changed = git("status", "--porcelain", "--untracked-files=no", "--", "bitdistill_core")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if is_changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or another user's clone
         return None
 
 

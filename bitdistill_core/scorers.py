@@ -145,13 +145,13 @@ class PackedScorer:
 
 
 def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -> Sequence[Request]:
-    """Prompts that do not fit the window beside their answer lose their beginning; training cuts at max_length already.
+    """Prompts that do not fit the window beside the longest answer lose their beginning, as in training.
 
     Args:
         leading: marks before a text, which stay.
     """
-    rooms = [window - len(answer) + 1 for _, answer in requests]
-    if all(len(prompt) <= room for (prompt, _), room in zip(requests, rooms, strict=True)):
+    room = window - max((len(answer) for _, answer in requests), default=1) + 1
+    if all(len(prompt) <= room for prompt, _ in requests):
         return requests
     marks = leading()
-    return [(keep_end(prompt, room, marks), answer) for (prompt, answer), room in zip(requests, rooms, strict=True)]
+    return [(keep_end(prompt, room, marks), answer) for prompt, answer in requests]

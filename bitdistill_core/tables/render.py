@@ -84,10 +84,10 @@ def _progress(plan: Plan, found: Results, missing: Sequence[str]) -> str:
     return (
         f"{len(found)} of {len(found) + len(missing)} cells are there (device: {devices}; the stages took "
         f"{seconds / 3600:.1f} hours, shared ones counted for each cell). Accuracy and ROUGE in percent. Intervals are "
-        "95%, bootstrapped over examples and seeds; that of one seed says nothing of other seeds. Spread is the "
-        "standard deviation over seeds. `paper` is what the paper reports for the model in brackets: a far larger "
-        "model on all of the data, so compare the differences "
-        "between methods, not the levels."
+        "95%: Wilson's for the accuracy of one seed, which says nothing of other seeds, else bootstrapped over "
+        "examples and seeds; a comparison in which no example differs has none. Spread is the standard deviation over "
+        "seeds. `paper` is what the paper reports for the model in brackets: a far larger model on all of the data, so "
+        "compare the differences between methods, not the levels."
     )
 
 

@@ -1,6 +1,6 @@
 """Rows of the tables from result files: means over seeds, 95% intervals, paired comparisons. Missing cells show.
 
-Intervals are percentile bootstraps over examples and, where there are several, over seeds.
+Intervals are percentile bootstraps over examples and seeds; for the accuracy of one seed, Wilson's.
 """
 
 import csv

@@ -16,7 +16,7 @@ from bitdistill_core.blockwise import _next_gains, take_over_frame, train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
-from bitdistill_core.stages import distill, pretrain, surgery, training
+from bitdistill_core.stages import distill, pretrain, surgery
 from tests.core.batches import make_batch, split
 from tests.core.conftest import Workshop, build, section
 from tests.core.hooks import block_outputs, num_hooks
@@ -190,8 +190,7 @@ def test_blocks_leave_out_examples_within_longer_ones(workshop: Workshop, monkey
     inputs = {"student": student, "teacher": workshop.model("teacher", seed=4), "data": workshop.data}
     seen: dict[str, list[Batch]] = {}
     monkeypatch.setattr(
-        training,
-        "train_blocks",
+        "bitdistill_core.stages.student.train_blocks",
         lambda *args, name, **options: seen.setdefault(name, [b for step in args[2] for b in step]) and {},
     )
     config = section("distill", batch_size=4, num_epochs=1, blockwise={**BLOCKWISE, "drop_contained": True})

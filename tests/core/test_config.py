@@ -83,7 +83,7 @@ def test_a_seed_replaces_every_seed() -> None:
         ("base.num_layers=-1", r"base\.num_layers: .*greater than or equal to 0"),
         (
             "base.scratch.architecture=gpt2",
-            r"scratch\.architecture: .*'qwen3', 'qwen2', 'llama' or 'gemma3_text'",
+            r"scratch\.architecture: .*'qwen3', 'qwen2', 'llama', 'mistral' or 'gemma3_text'",
         ),
         ("surgery.weight_block_size=0", r"surgery\.weight_block_size: .*greater than or equal to 16"),
         ("surgery.weight_block_size=24", r"surgery\.weight_block_size: .*multiple of 16"),

@@ -45,6 +45,29 @@ def test_what_the_base_model_does_not_have_is_refused(
         require_fit(params(*override.split()), finished_run / "base", data_dir=finished_run / "data")
 
 
+def test_a_teacher_that_cannot_teach_is_refused(finished_run: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    def params(*more: str) -> Params:
+        return load_params(ROOT / "params.yaml", overrides=[*tiny_overrides, *more])
+
+    def require(*more: str) -> None:
+        require_fit(params(*more), finished_run / "base", data_dir=finished_run / "data", teacher_dir=teacher)
+
+    teacher = Path(shutil.copytree(finished_run / "base", tmp_path / "teacher"))
+    blockwise = "distill.blockwise.num_epochs=1"
+    require(blockwise)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    require()
+    with pytest.raises(ValueError, match=r"same depth and width; got student=\(2, 32\), teacher=\(3, 32\)"):
+        require(blockwise)
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["another"] = len(words) + len(tokenizer["added_tokens"])
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="teacher and student must share a vocabulary"):
+        require()
+
+
 def custom(*words: str, kind: str = "classification") -> list[str]:
     fields = [f"kind: {kind}", 'prompt: "{sentence}:"', f"label_words: [{', '.join(words)}]", "answer_column: label"]
     return ["data.task=custom", f"data.template={{{', '.join(fields)}}}"]

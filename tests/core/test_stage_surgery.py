@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from bitdistill_core import checkpoint
 from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.calibration import calibrate
+from bitdistill_core.choices import ModelType
 from bitdistill_core.corpus import sample_sequences
 from bitdistill_core.params import load_params
 from bitdistill_core.quantize.weight import WeightQuantizer
@@ -139,7 +141,7 @@ def test_a_base_of_the_first_blocks_reloads(workshop: Workshop, model_type: str)
         assert torch.equal(kept(ids).logits, whole(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture", get_args(ModelType))
 def test_every_architecture_trains_from_nothing(workshop: Workshop, architecture: str) -> None:
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "head_dim": 16}
     training = {"max_position_embeddings": 64, "block_size": 32, "batch_size": 4, "num_tokens": 512, "report_every": 1}
