@@ -61,7 +61,7 @@ Written by `python -m benchmarks.report` from files of `python -m benchmarks.eng
 random weights: the figures are of speed and added memory, not of quality. In classification the engine computes the
 logits of three labels, llama.cpp those of the whole vocabulary. Goals were set in advance for a Zen 3 with two cores.
 Family/model 25/1 is a Zen 3, 25/17 a Zen 4, 26/2 a Zen 5. [How it is measured](../benchmarks/README.md)."""
-ELSEWHERE = """## Other engines, in an earlier run on a Zen 3
+ELSEWHERE = """## Measured elsewhere: other engines on a Zen 3
 
 The 0.6B shapes with two threads, median tokens/s of another day; ratios are medians over rounds, not quotients of the
 columns. Comparable with the tables above only through the ratio to llama.cpp F16, which differs between processors.
