@@ -75,7 +75,14 @@ def _speed(results: Path) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(map(str, row))} |" for row in rows),
     ]
-    return ["## Table 1: speed and memory, ratios to PyTorch in the same rounds", "\n".join(lines)]
+    parts = ["## Table 1: speed and memory, ratios to PyTorch in the same rounds", "\n".join(lines)]
+    older = [name for name, figures in measured.items() if "made_from" not in figures]
+    if older:
+        parts.append(
+            "Measured with an earlier engine, beside a PyTorch whose threads slept at every wait, which makes the "
+            f"ratios too large: {', '.join(older)}. `bitdistill tables` measures anew where it has the base models."
+        )
+    return parts
 
 
 def _progress(plan: Plan, found: Results, missing: Sequence[str]) -> str:
