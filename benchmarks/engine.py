@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import shapes
-from benchmarks.worker import CEILING_KERNEL, GEMM_SHAPES, GENERATOR, Worker, gemm_metric
+from benchmarks.worker import CEILING_KERNEL, GEMM_SHAPES, GEMV_2BIT, GENERATOR, Worker, gemm_metric
 from bitdistill_core.engine.kernels import available_kernels, resolve_kernel
 from bitdistill_core.packing import FORMAT_VERSION
 
@@ -163,6 +163,8 @@ def ratios(figures: Figures, num_parameters: int) -> dict[str, float]:
         if ceiling := kernels.get("multiply_add_ceiling_gmac_per_second"):
             found["gemm_vs_ceiling"] = _ratio(_gemm_rates(kernels, CEILING_KERNEL), ceiling)
         found["gemv_vs_bandwidth"] = _ratio(kernels["gemv_gb_per_second"], kernels["read_bandwidth_gb_per_second"])
+        if GEMV_2BIT in kernels:
+            found["gemv_2bit_vs_bandwidth"] = _ratio(kernels[GEMV_2BIT], kernels["read_bandwidth_gb_per_second"])
     f16_mib = 2 * num_parameters / MIB
     for task in ("classify", "generate"):
         found[f"{task}_rss_vs_f16_size"] = statistics.median(engine[f"{task}_added_rss_mib"]) / f16_mib

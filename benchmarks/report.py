@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox, IdentityTransform
 
 from benchmarks import shapes
 from benchmarks.engine import ALL_TESTS, DECODE, ENGINE, KERNELS, MIB, PREFILL_512, QUIET_SHARE, ratios
-from benchmarks.worker import GEMM_TOKENS
+from benchmarks.worker import GEMM_TOKENS, GEMV_2BIT
 from bitdistill_core.engine.config import linear_layers
 from bitdistill_core.packing import FORMAT_VERSION
 from bitdistill_core.report.plots import BLUE, GREEN, INK, STYLE, VERMILION
@@ -48,6 +48,7 @@ GOALS = {  # at least
 OTHERS = {
     "gemm_vs_ceiling": ("AVX2 matrix product / multiply-add ceiling of AVX2", "at least", 0.85),
     "gemv_vs_bandwidth": ("bytes/s of the one-token product / read bandwidth", "at least", 0.85),
+    "gemv_2bit_vs_bandwidth": ("the same, with two bits a weight", "at least", 0.85),
     "classify_rss_vs_f16_size": ("memory added to classify / size in F16", "at most", 0.1),
     "generate_rss_vs_f16_size": ("memory added to generate / size in F16", "at most", 0.2),
     FIRST_TOKEN: ("load to first token, s", "at most", 0.3),
@@ -190,6 +191,8 @@ def points(result: Result) -> list[Point]:
             found.append(Point(label, 8 / bits * GEMM_TOKENS, median(values), GREEN))
         elif metric == "gemv_gb_per_second":
             found.append(Point(f"GEMV, {active}", 8 / code_bits, 8 / code_bits * median(values), GREEN))
+        elif metric == GEMV_2BIT:
+            found.append(Point(f"GEMV of two bits, {active}", 4.0, 4.0 * median(values), GREEN))
     config = shapes.student_config(result["shapes"])
     body = sum(layer.n * layer.k for layer in linear_layers(config).values())
     head = config.vocab_size * config.hidden_size

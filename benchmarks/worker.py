@@ -33,11 +33,12 @@ LIBRARIES = {
 # and a system that reclaims what lay idle has dropped them from memory since the last round.
 WARM_UP_TOKENS = {"prefill": 32, "classify": 4}
 CEILING_KERNEL, CEILING_SECONDS = "avx2", 0.5
-KERNEL_PASSES = 3
-READ_MEGABYTES = 110  # as the weights of measure_gemv
+KERNEL_PASSES = 8
+READ_MEGABYTES = 110  # as the weights of GEMV_SHAPE in two bits
 GEMM_SHAPES = ((3072, 1024), (1024, 3072), (2048, 1024))
 GEMM_TOKENS, GEMM_REPEATS = 512, 30
 GEMV_SHAPE, GEMV_REPEATS = (430080, 1024), 30
+GEMV_2BIT = "gemv_2bit_gb_per_second"  # beside that of base 3, where the kernels stream it
 ROOT = Path(__file__).parent.parent
 
 
@@ -82,15 +83,19 @@ def measure_kernels(num_threads: int) -> dict[str, float]:
     The multiply-add ceiling is that of AVX2, so the AVX2 kernel is measured too where a faster one is active.
     """
     from bitdistill_core.engine import _native
-    from bitdistill_core.engine.kernels import available_kernels, resolve_kernel
+    from bitdistill_core.engine.kernels import available_kernels, resolve_kernel, streams_base3
 
     active, available = resolve_kernel(None), available_kernels()
+    gemv = {"gemv_gb_per_second": streams_base3(active)}
+    if streams_base3(active):
+        gemv[GEMV_2BIT] = False
     passes: list[dict[str, float]] = []
     for _ in range(KERNEL_PASSES):
         rates = {
             "read_bandwidth_gb_per_second": _native.measure_read_bandwidth(num_threads, READ_MEGABYTES),
-            "gemv_gb_per_second": _native.measure_gemv(active, *GEMV_SHAPE, num_threads, GEMV_REPEATS),
         }
+        for metric, base3 in gemv.items():
+            rates[metric] = _native.measure_gemv(active, *GEMV_SHAPE, num_threads, GEMV_REPEATS, base3)
         if CEILING_KERNEL in available:
             ceiling = _native.measure_multiply_add_ceiling(num_threads, CEILING_SECONDS)
             rates["multiply_add_ceiling_gmac_per_second"] = ceiling

@@ -27,6 +27,7 @@ from bitdistill_core.stages import (
     pack,
     pretrain,
     report,
+    stage_sources,
     surgery,
     teacher,
 )
@@ -111,8 +112,7 @@ def find_node(name: str) -> Node:
 def require_sources(params: Params) -> None:
     """Raises ValueError for files of the data or of the base model that are not there."""
     for node in NODES:
-        if hasattr(node.stage, "sources"):
-            node.stage.sources(getattr(params, node.section))
+        stage_sources(node.stage, getattr(params, node.section))
 
 
 def _depends_on(node: Node) -> dict[str, Any]:
@@ -127,8 +127,6 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
     by_name = {other.name: other for other in NODES}
     inputs = node.stage.Inputs(**{field: by_name[source].directory(run_dir) for field, source in node.inputs.items()})
     config = getattr(params, node.section)
-    # only stages that read files from outside the run say which
-    sources = node.stage.sources(config) if hasattr(node.stage, "sources") else ()
     device = prepare_runtime(params.runtime)
     result = execute(
         node.name,
@@ -138,7 +136,7 @@ def run_node(node: Node, params: Params, run_dir: Path, *, report: Report = disc
         directory=node.directory(run_dir),
         work_root=run_dir / ".work" / node.name,
         input_roots=[run_dir / ".work" / source for source in node.inputs.values()],
-        sources=sources,
+        sources=stage_sources(node.stage, config),
         reads_metrics=node.reads_metrics,
         depends_on=_depends_on(node),
         report=report,

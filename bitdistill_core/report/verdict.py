@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bitdistill_core.report.formatting import metric, p_value, percent, points, times
+from bitdistill_core.report.formatting import METHOD_LABELS, metric, p_value, percent, points, times
 
 
 def verdict(results: Mapping[str, Any]) -> str:
@@ -20,8 +20,8 @@ def floors(results: Mapping[str, Any]) -> str:
     names = {"majority_accuracy": "always the commonest label", "naive_bayes_accuracy": "naive Bayes on words"}
     best = max(known.values())
     beaten = [
-        name
-        for name, row in zip(("FP16-SFT", "BitNet-SFT", "BitDistill"), results["rows"], strict=True)
+        METHOD_LABELS[method]
+        for method, row in _rows(results).items()
         if row["accuracy"] is not None and row["accuracy"] <= best
     ]
     text = f"Floors on {results['headline_split']}, which need no language model: "
@@ -37,9 +37,13 @@ def _accuracy_verdict(results: Mapping[str, Any]) -> str:
     )
 
 
+def _rows(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {row["method"]: row for row in results["rows"]}
+
+
 def _floor_clause(results: Mapping[str, Any]) -> str:
     """Models that learned nothing are not told apart either: that must not read as success."""
-    accuracy, best = results["rows"][2]["accuracy"], max(results["floors"].values(), default=None)
+    accuracy, best = _rows(results)["bitdistill"]["accuracy"], max(results["floors"].values(), default=None)
     if accuracy is None or best is None or accuracy > best:
         return ""
     return f"; at {percent(accuracy)} it is not above the floor of {percent(best)} that needs no language model"
@@ -62,7 +66,8 @@ def _evidence(paired: Mapping[str, Any]) -> str:
 
 
 def _generation_verdict(results: Mapping[str, Any]) -> str:
-    teacher, baseline, student = results["rows"]
+    rows = _rows(results)
+    teacher, baseline, student = rows["fp16_sft"], rows["bitnet_sft"], rows["bitdistill"]
     split = results["splits"][results["headline_split"]]["fp16_sft"]["metrics"]
     name = "rougeLsum" if "rougeLsum" in split else next(iter(split))
     return (
@@ -72,7 +77,8 @@ def _generation_verdict(results: Mapping[str, Any]) -> str:
 
 
 def _cost_clause(results: Mapping[str, Any]) -> str:
-    teacher, _, student = results["rows"]
+    rows = _rows(results)
+    teacher, student = rows["fp16_sft"], rows["bitdistill"]
     parts = []
     if teacher["file_mib"] and student["file_mib"]:
         parts.append(f"its file is {times(student['file_mib'] / teacher['file_mib'])} the size")

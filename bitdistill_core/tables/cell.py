@@ -40,7 +40,7 @@ from bitdistill_core.manifest import (
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
 from bitdistill_core.scorers import TorchScorer
-from bitdistill_core.stages import base, data, distill, pretrain, surgery, teacher
+from bitdistill_core.stages import base, data, distill, pretrain, stage_sources, surgery, teacher
 from bitdistill_core.stages.data import examples_path, read_eval_splits, read_task
 from bitdistill_core.stages.fit import require_fit
 from bitdistill_core.tables.plan import Cell, Plan
@@ -156,9 +156,8 @@ def _sources(last: Step) -> dict[str, str]:
     """Digest of every local file that the steps of a chain read, by folder and name; none of data that are not here."""
     paths: set[Path] = set()
     for step in last.before():
-        if hasattr(step.stage, "sources"):
-            with suppress(ValueError):
-                paths |= set(step.stage.sources(step.config))
+        with suppress(ValueError):
+            paths |= set(stage_sources(step.stage, step.config))
     return {f"{path.parent.name}/{path.name}": _known_digest(path, path.stat().st_mtime_ns) for path in sorted(paths)}
 
 
@@ -204,7 +203,7 @@ def _run_cell(
             directory=directory,
             work_root=step.work_root(store),
             input_roots=[source.work_root(store) for source in step.inputs.values()],
-            sources=step.stage.sources(step.config) if hasattr(step.stage, "sources") else (),
+            sources=stage_sources(step.stage, step.config),
             report=report,
             device=device,
         )

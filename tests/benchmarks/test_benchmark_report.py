@@ -60,6 +60,7 @@ RESULT: dict[str, Any] = {
         "kernels": {
             "read_bandwidth_gb_per_second": [30.0, 32.0, 28.0],
             "gemv_gb_per_second": [27.0, 24.0, 21.0],
+            "gemv_2bit_gb_per_second": [27.0, 30.4, 25.2],
             "multiply_add_ceiling_gmac_per_second": [300.0, 310.0, 290.0],
             "other_cpu_share": [0.0, 0.0, 0.0],
             **{gemm_metric("avx512-vnni", n, k): [500.0, 510.0, 490.0] for n, k in GEMM_SHAPES},
@@ -93,6 +94,7 @@ def test_a_ratio_has_its_median_spread_goal_and_verdict(page: str) -> None:
     assert row(page, "decode / PyTorch bfloat16") == ["11.2", "one round", "", ""]
     assert row(page, "AVX2 matrix product / multiply-add ceiling of AVX2")[0::3] == ["0.900", "met"]
     assert row(page, "bytes/s of the one-token product / read bandwidth")[0::3] == ["0.750", "not met"]
+    assert row(page, "the same, with two bits a weight")[0::3] == ["0.900", "met"]
 
 
 def test_memory_and_time_meet_a_goal_from_below(page: str) -> None:
@@ -125,6 +127,7 @@ def test_the_table_from_elsewhere_says_what_it_can_be_compared_by(page: str) -> 
 def test_points_of_the_roofline_count_multiply_adds_and_bytes() -> None:
     found = {point.label: (point.intensity, point.speed) for point in report.points(RESULT)}
     assert found["GEMV, avx512-vnni"] == (4, 4 * 24.0)
+    assert found["GEMV of two bits, avx512-vnni"] == (4, 4 * 27.0)
     assert found["GEMM 3072x1024, avx2"] == (4 * 512, 270.0)
     assert found["llama.cpp F16, decode"] == pytest.approx((0.5, 16e-9 * (BODY + HEAD)))
     assert found["llama.cpp F16, prefill"] == pytest.approx((256, 150e-9 * BODY))

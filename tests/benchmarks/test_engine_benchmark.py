@@ -11,6 +11,7 @@ import pytest
 from benchmarks import engine, shapes
 from benchmarks.peers import LlamaCpp, Torch
 from benchmarks.worker import Worker, gemm_metric
+from bitdistill_core.engine.kernels import streams_base3
 
 LLAMA = {
     "model_type": "llama",
@@ -58,7 +59,8 @@ def test_the_command_measures_the_engine_alone(
     result = run_command(capsys, cache_dir, tmp_path / "result.json", "--peers", "none", "--rounds", "2")
     ceiling = {"gemm_vs_ceiling"} if "avx2" in result["environment"]["available_kernels"] else set()
     rest = {"gemv_vs_bandwidth", "classify_rss_vs_f16_size", "generate_rss_vs_f16_size"}
-    assert set(result["ratios"]) == ceiling | rest
+    two_bits = {"gemv_2bit_vs_bandwidth"} if streams_base3(result["environment"]["kernel"]) else set()
+    assert set(result["ratios"]) == ceiling | two_bits | rest
     assert set(result["figures"]) == {"engine", "kernels"}
     figures = result["figures"]["engine"]
     assert set(figures) == ENGINE_METRICS | {"idle_cpu_share"}

@@ -309,5 +309,5 @@ NB_MODULE(_native, module) {
   module.def("measure_gemm", by_name(measure_gemm), nb::arg("kernel"), nb::arg("n"), nb::arg("k"), nb::arg("tokens"),
              nb::arg("num_threads"), nb::arg("repeats"), released);
   module.def("measure_gemv", by_name(measure_gemv), nb::arg("kernel"), nb::arg("n"), nb::arg("k"),
-             nb::arg("num_threads"), nb::arg("repeats"), released);
+             nb::arg("num_threads"), nb::arg("repeats"), nb::arg("base3"), released);
 }

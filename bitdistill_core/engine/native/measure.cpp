@@ -18,7 +18,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// A packed matrix of pseudo-random codes, in base 3 where the kernels stream that, and INT8 activations for it.
+// A packed matrix of pseudo-random codes and INT8 activations for it.
 struct Case {
   float weight_scale[kPanelRows];
   Buffer<uint8_t> packed;
@@ -27,8 +27,8 @@ struct Case {
   Int8Tokens tokens;
   std::vector<Scratch> scratch;
 
-  Case(Team& team, const Kernels& kernels, int n, int k, int num_tokens) : scratch(team.num_threads()) {
-    linear = Linear(nullptr, n, k, 1, kernels.gemv_base3 != nullptr);
+  Case(Team& team, const Kernels& kernels, int n, int k, int num_tokens, bool base3) : scratch(team.num_threads()) {
+    linear = Linear(nullptr, n, k, 1, base3);
     std::fill_n(weight_scale, kPanelRows, 1.0f);
     linear.weight_scale = weight_scale;
     const std::size_t bytes = linear.num_panels() * linear.panel_bytes();
@@ -141,13 +141,14 @@ double measure_read_bandwidth(int num_threads, int megabytes) {
 
 double measure_gemm(const Kernels& kernels, int n, int k, int tokens, int num_threads, int repeats) {
   Team team(num_threads);
-  Case matrix(team, kernels, n, k, tokens);
+  Case matrix(team, kernels, n, k, tokens, kernels.gemv_base3 != nullptr);
   return double(n) * k * tokens / matrix.seconds(team, kernels, repeats) / 1e9;
 }
 
-double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats) {
+double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats, bool base3) {
+  if (base3 && kernels.gemv_base3 == nullptr) throw std::invalid_argument("these kernels stream two bits a weight only");
   Team team(num_threads);
-  Case matrix(team, kernels, n, k, 1);
+  Case matrix(team, kernels, n, k, 1, base3);
   const double bytes = double(matrix.linear.num_panels()) * matrix.linear.panel_bytes();
   return bytes / matrix.seconds(team, kernels, repeats) / 1e9;
 }

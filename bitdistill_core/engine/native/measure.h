@@ -15,7 +15,7 @@ double measure_read_bandwidth(int num_threads, int megabytes);
 // 1e9 multiply-adds a second of (tokens, k) times (n, k), the median of `repeats`.
 double measure_gemm(const Kernels& kernels, int n, int k, int tokens, int num_threads, int repeats);
 
-// 1e9 bytes of packed weights a second of one token times (n, k), the median of `repeats`.
-double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats);
+// 1e9 bytes of packed weights, of two bits or in base 3, a second of one token times (n, k), the median of `repeats`.
+double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats, bool base3);
 
 }  // namespace bitdistill
