@@ -116,7 +116,7 @@ def _environment(result: Result) -> str:
     )
     packed_format = facts.get("packed_format", "4" if "code_bits" in facts else "3")
     if packed_format != FORMAT_VERSION:
-        text += f" An earlier engine, with packed format {packed_format}."
+        text += f" An earlier engine, with packed format {packed_format} and keys and values in float32."
     if packed_format == "3":
         text += " Two bits a weight, the head's lower bits read from the file."
     if flags := re.findall(r"(\w+) = 1", facts.get("llamacpp_build", "")):

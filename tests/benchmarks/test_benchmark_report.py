@@ -114,7 +114,8 @@ def test_a_configuration_has_its_medians_and_a_dash_for_what_was_not_measured(pa
 def test_the_surroundings_are_named_and_disturbed_samples_counted(page: str) -> None:
     text = " ".join(page.split())
     assert "Some CPU (family/model 25/1; avx2, fma), 2 threads on 4 cores, kernel avx512-vnni; Python 3.11.7" in text
-    assert "An earlier engine, with packed format 3. Two bits a weight" in text  # what has no format is that old
+    # what has no format is that old
+    assert "An earlier engine, with packed format 3 and keys and values in float32. Two bits a weight" in text
     assert "3 rounds; 2 of 13 samples disturbed (other processes took more than 6% of the cores" in text
     assert "llama.cpp was compiled with AVX2, OPENMP. Left out: torch bf16 was not asked for." in text
 
