@@ -27,7 +27,7 @@ from bitdistill_core import train
 from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.choices import ChannelWeights, Precision
 from bitdistill_core.losses import Batch, Totals
-from bitdistill_core.manifest import METRICS, Metrics, Report
+from bitdistill_core.manifest import METRICS, Metrics, Report, sync
 from bitdistill_core.passage import Passage
 from bitdistill_core.replay import Replay, length_multiple
 
@@ -197,6 +197,6 @@ def _save(block: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({key: value.detach().cpu().contiguous() for key, value in block.state_dict().items()}, temporary)
-    train.sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)

@@ -29,6 +29,12 @@ def one_line_errors(*, resumes: bool = True) -> Iterator[None]:
         typer.echo(f"error: out of memory: {str(error) or 'a smaller batch, prompt or model is needed'}", err=True)
         raise typer.Exit(1) from None
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # PyTorch's, on a CPU
+            typer.echo(
+                f"error: out of memory: {one_line(error)}; lower batch_size, max_length or block_size of that stage",
+                err=True,
+            )
+            raise typer.Exit(1) from None
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's; importing it here would slow every command
             raise
         typer.echo(

@@ -118,7 +118,7 @@ def execute(
         outputs_of = {read.name: read_outputs(getattr(inputs, read.name)) for read in fields(inputs)}
         identity = {
             "stage": stage,
-            "config": config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT),
+            "config": decisive(config.model_dump(mode="json")),
             "inputs": digest_inputs(type(inputs), outputs_of, reads_metrics=reads_metrics),
             "version": __version__,
             "sources": [[path.name, digest_file(path)] for path in sources],
@@ -150,9 +150,22 @@ def execute(
         whole = {"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "outputs": outputs}
         manifest = {**identity, **whole, **times, "commit": commit}
         (out_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (*out_dir.rglob("*"), out_dir):  # on the disk before the checkpoints go
+            sync(path)
         _replace_directory(out_dir, directory)
+        sync(directory.parent)
         shutil.rmtree(work_root, ignore_errors=True)
     return Result(directory, metrics, was_up_to_date=False, seconds=times["seconds"])
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a stage that make its result. Beside a checkpoint, what would be trained instead is none."""
+    loads = config.get("checkpoint") is not None
+    return {
+        key: decisive(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in NO_PART_OF_A_RESULT and not (loads and key == "scratch")
+    }
 
 
 @cache
@@ -271,9 +284,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes a JSON lines file atomically."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a directory's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _finished(directory: Path, fingerprint: str) -> Result | None:

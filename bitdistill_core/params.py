@@ -45,7 +45,7 @@ def load_params(
     if seed is not None:
         _set_seeds(values, seed)
     if data_root is not None:
-        _apply_override(values, f"data.data_root={json.dumps(data_root)}")
+        _apply_override(values, f"data.data_root={json.dumps(data_root, ensure_ascii=False)}")
     return validated(Params, values)
 
 

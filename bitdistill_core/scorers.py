@@ -6,7 +6,7 @@ same tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from bitdistill_core.bitlinear import BitLinear
 from bitdistill_core.data import Example, collate, encode_answer, encode_prompt, end_ids, leading_mark
 from bitdistill_core.engine.tokenizer import keep_end, leave_out_middle
 
+TOKENS_AT_ONCE = 16384  # of a batch in PyTorch, padding and new ones counted; one text that has more goes alone
 CONTEXTS_AT_ONCE = 32  # prompts that the packed model scores between two steps of the progress bar
 
+Item = TypeVar("Item")
 Request = tuple[list[int], list[int]]  # token ids of a prompt and of an answer
 
 
@@ -70,8 +72,7 @@ class TorchScorer:
         ):
             rows.setdefault((*prompt, *answer[:-1]), []).append(index)
         ordered = sorted(rows.items(), key=lambda row: len(row[0]))
-        for start in range(0, len(ordered), self.batch_size):
-            part = ordered[start : start + self.batch_size]
+        for part in _batches(ordered, [len(ids) for ids, _ in ordered], self.batch_size):
             batch = collate([Example(list(ids), []) for ids, _ in part], losses.Totals(1, 1, 1))
             batch = batch.to(self.device)
             hidden = losses.hidden_states(self.model, batch)
@@ -90,8 +91,8 @@ class TorchScorer:
         encoded = [leave_out_middle(self.encode_prompt(prompt), room, leading) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)  # the slowest first
         ends = end_ids(self.model, self.tokenizer)
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
+        lengths = [len(encoded[index]) + max_new_tokens for index in order]
+        for indices in _batches(order, lengths, self.batch_size):
             width = len(encoded[indices[0]])
             rows = [[0] * (width - len(encoded[index])) + encoded[index] for index in indices]
             is_token = [[0] * (width - len(encoded[index])) + [1] * len(encoded[index]) for index in indices]
@@ -142,6 +143,18 @@ class PackedScorer:
         """Greedy continuations, one prompt after the other."""
         for index, prompt in enumerate(prompts):
             yield index, "".join(self.engine.generate(prompt, max_new_tokens=max_new_tokens, truncate=True))
+
+
+def _batches(items: Sequence[Item], lengths: Sequence[int], batch_size: int) -> Iterator[Sequence[Item]]:
+    """Runs of at most `batch_size` items that, padded to the longest, have at most TOKENS_AT_ONCE tokens."""
+    begin, longest = 0, 0
+    for end, length in enumerate(lengths):
+        longest = max(longest, length)
+        if end > begin and (end - begin == batch_size or (end - begin + 1) * longest > TOKENS_AT_ONCE):
+            yield items[begin:end]
+            begin, longest = end, length
+    if items:
+        yield items[begin:]
 
 
 def _cut(requests: Sequence[Request], window: int, leading: Callable[[], int]) -> Sequence[Request]:

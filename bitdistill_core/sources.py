@@ -132,6 +132,13 @@ class Corpus:
                     f"a corpus holds texts; got {self.column}={text!r}; set data.corpus_column to another column"
                 )
             if text and text.strip():
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
+                    raise ValueError(
+                        f"a corpus holds texts of whole characters; got {self.column}={text[:40]!r} behind "
+                        f"num_documents={self.num_documents}: {error}; drop the row"
+                    ) from None
                 yield text
 
 

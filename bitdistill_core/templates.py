@@ -102,6 +102,11 @@ class Template(BaseModel):
         if column not in row:
             raise ValueError(f"the template needs column {column}; the columns are {', '.join(row)}; fix data.template")
         value = row[column]
+        if isinstance(value, bytes):  # a text in parquet without its mark as one
+            try:
+                value = value.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"a text must be UTF-8; got {column}={value[:40]!r}: {error}") from None
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or is_blank or value != value:  # CSV and pandas (NaN) write a missing text so
             raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bitdistill_core.choices import Precision, Schedule
 from bitdistill_core.errors import one_line
+from bitdistill_core.manifest import sync
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.schedules import learning_rate_factor
 
@@ -259,15 +260,6 @@ def damage_named(path: Path) -> Iterator[None]:
         raise ValueError(
             f"unreadable training checkpoint path={path}: {one_line(error)}; delete it to begin that training again"
         ) from None
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save(work_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, balance: _Balance) -> None:

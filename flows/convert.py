@@ -80,7 +80,10 @@ def run_locally(**parameters: Any) -> dict[str, Any]:
 def override_strings(overrides: list[str] | Mapping[str, Any] | None) -> list[str]:
     """Overrides as `section.key=value`; a mapping may be nested."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in flatten(overrides, whole=["data.template"]).items()]
+        return [
+            f"{key}={json.dumps(value, ensure_ascii=False)}"
+            for key, value in flatten(overrides, whole=["data.template"]).items()
+        ]
     return list(overrides or [])
 
 

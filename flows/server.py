@@ -1,6 +1,8 @@
 """The Prefect server of a flow that is started from a terminal."""
 
+import atexit
 import signal
+import subprocess
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -20,11 +22,26 @@ def start_temporary_server() -> None:
     if (url := PREFECT_API_URL.value()) is not None:
         return _require_answer(url)
     if PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        server = SubprocessASGIServer()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            SubprocessASGIServer().start()
+            server.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if server.server_process is not None:
+            _end_with_this_process(server.server_process.pid)
+
+
+def _end_with_this_process(pid: int) -> None:
+    """Ends process `pid` when this one is killed, which stops no server at its exit: its end of a pipe closes."""
+    watch = subprocess.Popen(
+        ["sh", "-c", f"cat; kill {pid}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a terminal's Ctrl-C is not for it
+    )
+    atexit.register(watch.terminate)  # runs before the server's own, which is older
 
 
 def _require_answer(url: str) -> None:

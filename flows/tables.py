@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from bitdistill_core.manifest import StageBusyError
+from bitdistill_core.tables.cell import require_free
 from bitdistill_core.tables.plan import Cell, Plan, read_plan
 from bitdistill_core.tables.render import render
 from bitdistill_core.tables.run import OutOfTime, survey
@@ -95,6 +96,7 @@ class _CellTasks:
         self._artifact = artifact
 
     def __call__(self, plan: Plan, cell: Cell, **options: Any) -> Any:
+        require_free(plan, cell, store=options["store"], data_root=options["data_root"])  # no task run just to wait
         state = stages.cell(cell, plan, options, return_state=True)
         if state.is_cancelled():
             raise StageBusyError(str(state.message)) if state.name == stages.BUSY else OutOfTime

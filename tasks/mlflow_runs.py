@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.parameters import flatten, without_private
+from bitdistill_core.privacy import without_private
+from tasks.parameters import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,12 +103,19 @@ class BufferedRun:
 
 
 def _experiment(client: "MlflowClient", default_name: str, *, is_local: bool) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", default_name)
     found = client.get_experiment_by_name(name)
     if found is None:
         location = (Path.cwd() / "mlartifacts").as_uri() if is_local else None
         tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs, not on traces
-        return client.get_experiment(client.create_experiment(name, artifact_location=location, tags=tags))
+        try:
+            return client.get_experiment(client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise  # not made by another process meanwhile
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill_core.config import Params
-from bitdistill_core.manifest import MANIFEST, NO_PART_OF_A_RESULT, digest_inputs, read_outputs
+from bitdistill_core.manifest import MANIFEST, decisive, digest_inputs, read_outputs
 from bitdistill_core.pipeline import NODES, Node
 
 
@@ -53,11 +53,7 @@ def current_manifests(run_dir: Path, params: Params) -> dict[str, dict[str, Any]
         manifest = read_unchecked(directory)
         outputs_of = {field: outputs[source] for field, source in node.inputs.items()}
         inputs = digest_inputs(node.stage.Inputs, outputs_of, reads_metrics=node.reads_metrics)
-        if manifest["inputs"] == inputs and _decisive(manifest["config"]) == _decisive(section_of(node, params)):
+        if manifest["inputs"] == inputs and decisive(manifest["config"]) == decisive(section_of(node, params)):
             current[node.name] = manifest
             outputs[node.name] = read_outputs(directory)
     return current
-
-
-def _decisive(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in NO_PART_OF_A_RESULT}

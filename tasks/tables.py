@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdistill_core import __version__
+from bitdistill_core.privacy import without_private
 from bitdistill_core.tables.cell import chain, read_result, result_path, run_cell
 from bitdistill_core.tables.plan import Cell, Plan
 from bitdistill_core.tables.run import Outcome, RunCell, Tell, run_plan, survey
 from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
-from tasks.parameters import without_private
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -23,8 +23,9 @@ from bitdistill_core.config import Params
 from bitdistill_core.manifest import METRICS, METRICS_LOG, Report, Result, StageBusyError
 from bitdistill_core.packing import PACKED_FILE
 from bitdistill_core.pipeline import NODES, Node, find_node, run_node
+from bitdistill_core.privacy import without_private
 from tasks.mlflow_runs import BufferedRun, connect, find_runs, log_params
-from tasks.parameters import without_private
+from tasks.packed_model import MAX_NEW_TOKENS
 from tasks.results import headline_metrics, packed_score
 from tasks.run_files import current_manifests, end_time, is_finished, is_whole, read_unchecked, section_of
 from tasks.versioning import git_commit
@@ -309,17 +310,23 @@ class Conversion:
         Alias champion, unless another version scored higher, or was evaluated on other examples.
         """
         import mlflow
+        from mlflow.models import ModelSignature
+        from mlflow.types import ParamSchema, ParamSpec
 
         directory = find_node(PACKED).directory(self.run_dir)
         manifest, run_id = read_unchecked(directory), self._parent.info.run_id
         if self._parent.data.tags.get("bitdistill.packed") == manifest["fingerprint"]:
             return
+        signature = None
+        if self.params.data.resolved_template.kind == "generation":  # MLflow passes no parameter that is not declared
+            signature = ModelSignature(params=ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS)]))
         with mlflow.start_run(run_id=run_id, nested=True):  # pyfunc.log_model knows only the active run
             info = mlflow.pyfunc.log_model(
                 name="packed_model",
                 loader_module="tasks.packed_model",
                 data_path=str(directory / PACKED_FILE),
                 pip_requirements=[f"bitdistill=={__version__}"],
+                signature=signature,
             )
         name = f"bitdistill-{self.profile}"
         tags = {"bitdistill.score": repr(score), "bitdistill.examples": examples}

@@ -205,9 +205,10 @@ def test_generate_puts_the_text_into_the_prompt_of_the_task(tmp_path: Path) -> N
             "error: the GPU is out of memory: ",
         ),
         ("MemoryError()", 1, "error: out of memory: a smaller batch"),
+        ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')", 1, "error: out of memory: DefaultCPU"),
         ("os.kill(os.getpid(), signal.SIGTERM)", 130, "interrupted; run the same command to go on from the last"),
     ],
-    ids=["gpu", "memory", "sigterm"],
+    ids=["gpu", "memory", "torch", "sigterm"],
 )
 def test_the_end_of_the_machine_s_patience_is_one_line(raised: str, status: int, message: str) -> None:
     code = f"""

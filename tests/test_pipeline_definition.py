@@ -146,6 +146,7 @@ def test_there_is_a_deployment_for_every_profile_and_for_the_tables() -> None:
         names[deployment["entrypoint"]].append(deployment["name"])
         assert deployment["parameters"] == {"profile": deployment["name"]}
         assert deployment["work_pool"]["name"] == "bitdistill-cpu"
-        assert deployment["concurrency_limit"] == 1
+        # a limit's slot outlives a killed server, and a server's restart would end the run that holds it
+        assert "concurrency_limit" not in deployment
     assert sorted(names["flows/convert.py:convert"]) == sorted(list_profiles(ROOT / "params.yaml"))
     assert names["flows/tables.py:tables"] == ["cpu"]

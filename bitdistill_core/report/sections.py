@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitdistill_core.privacy import without_private
 from bitdistill_core.report import plots, tables
 from bitdistill_core.report.document import Document, Section
 from bitdistill_core.report.formatting import duration
@@ -128,9 +129,15 @@ def _environment(run: Run) -> Section:
 
 
 def _configuration(run: Run) -> Section:
-    """Each stage's configuration. The evaluations of several methods share one."""
+    """Each stage's configuration, which evaluations share; of absolute paths only the last part."""
     listings: dict[str, str] = {}
     for name, manifest in run.manifests.items():
         title = name.partition("@")[0]
-        listings.setdefault(title, json.dumps(manifest.get("config", {}), indent=1))
+        listings.setdefault(title, json.dumps(_shown(manifest.get("config", {})), indent=1))
     return Section("Configuration", listings=list(listings.items()))
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _shown(one) for key, one in value.items()}
+    return without_private(value) if isinstance(value, str) else value

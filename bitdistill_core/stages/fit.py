@@ -1,8 +1,9 @@
 """What a base model and its tokenizer must have for the parameters of a run, asked before anything is trained."""
 
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from bitdistill_core import checkpoint
@@ -16,11 +17,19 @@ from bitdistill_core.stages.student import require_same_vocabulary
 from bitdistill_core.stages.training import require_window
 
 
-def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: Path | None = None) -> None:
+def require_fit(
+    params: Params,
+    base_dir: Path,
+    *,
+    data_dir: Path,
+    examples_dir: Path | None = None,
+    teacher_dir: Path | None = None,
+) -> None:
     """Raises ValueError for lengths, layers or heads that the base model does not have, before anything is trained.
 
     Args:
         data_dir: the `data` stage that pre-training reads.
+        examples_dir: the one with the examples, where it is another.
         teacher_dir: what the teacher is made from, where it is another model.
     """
     model = checkpoint.read_config(base_dir)
@@ -56,6 +65,7 @@ def require_fit(params: Params, base_dir: Path, *, data_dir: Path, teacher_dir: 
             f"vocab_size={model.vocab_size} in its config.json; take the tokenizer that the model was trained with"
         )
     require_tokenizer(params, tokenizer)
+    require_rows(tokenizer, model.vocab_size, examples_dir or data_dir, corpus=data_dir / "corpus")
     if params.surgery.is_calibrated:  # as surgery does, before the teacher is trained
         surgery.calibration_ids(params.surgery, data_dir, tokenizer)
     if params.pretrain.num_tokens or params.pretrain.blockwise.num_epochs:
@@ -74,6 +84,22 @@ def require_block(corpus: Path, tokenizer: PreTrainedTokenizerBase, block_size: 
         f"the corpus must hold at least one block; got num_tokens={num_tokens}, pretrain.block_size={block_size}; "
         "lower it, or give more texts"
     )
+
+
+def require_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int, data_dir: Path, *, corpus: Path) -> None:
+    """Raises ValueError for a text with a token that was added to the tokenizer but not to the model."""
+    rowless = [token for token, index in tokenizer.get_added_vocab().items() if index >= vocab_size]
+    if not rowless:
+        return
+    paths = sorted((data_dir / "examples").glob("*.parquet"))
+    examples = ((path.stem, pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()) for path in paths)
+    for place, texts in chain(examples, (("corpus", texts) for texts in iter_texts(corpus))):
+        for text in texts:
+            if token := next((token for token in rowless if token in text), None):
+                raise ValueError(
+                    f"the base model must have an embedding for every token of a text; got token={token!r} without "
+                    f"one in {place}, text={text[:40]!r}; resize the model's embeddings, or drop the row"
+                )
 
 
 def require_tokenizer(params: Params, tokenizer: PreTrainedTokenizerBase) -> None:

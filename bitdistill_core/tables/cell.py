@@ -10,9 +10,8 @@ import fcntl
 import gc
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,14 +27,15 @@ from bitdistill_core.config import EvaluateConfig
 from bitdistill_core.evaluate import score_examples, wilson_interval
 from bitdistill_core.manifest import (
     METRICS_LOG,
-    NO_PART_OF_A_RESULT,
     Report,
     code_commit,
+    decisive,
     digest_file,
     discard,
     execute,
     locked,
     read_manifest,
+    write_text,
 )
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime
@@ -62,9 +62,7 @@ class Step:
     @property
     def recipe(self) -> str:
         """Digest of what the stage does, 16 hexadecimal digits."""
-        config = self.config.model_dump(mode="json", exclude=NO_PART_OF_A_RESULT)
-        if config.get("checkpoint") is not None:  # a pretrained base: what would be trained instead does not matter
-            config.pop("scratch", None)
+        config = decisive(self.config.model_dump(mode="json"))
         identity = [
             self.name,
             _switched_on(config),
@@ -174,9 +172,25 @@ def run_cell(
     Raises:
         StageBusyError: another process runs the cell, or a stage that it needs.
     """
-    with locked(store / ".work" / "-".join(("cell", *cell.path.with_suffix("").parts)), fcntl.LOCK_EX):
+    with locked(_cell_root(store, cell), fcntl.LOCK_EX):
         done = read_result(plan, cell, results, data_root=data_root)
         return _run_cell(plan, cell, store, results, data_root, report) if done is None else done
+
+
+def require_free(plan: Plan, cell: Cell, *, store: Path, data_root: str | None) -> None:
+    """Raises StageBusyError where another process runs the cell, or a stage that it needs."""
+    with locked(_cell_root(store, cell), fcntl.LOCK_SH):
+        _require_free(chain(plan, cell, data_root=data_root).before(), store)
+
+
+def _require_free(steps: Iterable[Step], store: Path) -> None:
+    for step in steps:
+        with locked(step.work_root(store), fcntl.LOCK_SH):
+            pass
+
+
+def _cell_root(store: Path, cell: Cell) -> Path:
+    return store / ".work" / "-".join(("cell", *cell.path.with_suffix("").parts))
 
 
 def _run_cell(
@@ -190,9 +204,7 @@ def _run_cell(
     floors: dict[str, float] = {}  # what needs no language model, in a classification task
     steps = {step.recipe: step for step in [examples, *last.before()]}.values()
     bases = [step for step in steps if step.stage is base]  # the student's, and the teacher's where it is another
-    for step in steps:  # before anything is read: what another process makes is waited for
-        with locked(step.work_root(store), fcntl.LOCK_SH):
-            pass
+    _require_free(steps, store)  # before anything is read: what another process makes is waited for
     for step in sorted(steps, key=lambda step: step.stage not in (data, base)):
         directory = step.directory(store)
         finished = execute(
@@ -210,7 +222,13 @@ def _run_cell(
         seconds[step.name] = seconds.get(step.name, 0.0) + finished.seconds
         if step is bases[-1]:
             corpus = bases[0].inputs["data"].directory(store)
-            require_fit(params, bases[0].directory(store), data_dir=corpus, teacher_dir=step.directory(store))
+            require_fit(
+                params,
+                bases[0].directory(store),
+                data_dir=corpus,
+                examples_dir=examples.directory(store),
+                teacher_dir=step.directory(store),
+            )
         if step.recipe == examples.recipe:
             floors = {name: value for name, value in finished.metrics.items() if name.endswith("_accuracy")}
     made = read_manifest(last.directory(store))["fingerprint"][:16]
@@ -231,9 +249,7 @@ def _run_cell(
     }
     path = result_path(results, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(result) + "\n")
     kept.unlink(missing_ok=True)
     return result
 

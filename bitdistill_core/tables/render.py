@@ -3,7 +3,6 @@
 RESULTS/table1.csv, .md, ... figure1.csv, .png, ..., paired.csv, and README.md, which shows everything in one place.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,9 @@ def _floors(plan: Plan, found: Results) -> list[str]:
 
 def _speed(results: Path) -> list[str]:
     """The speed and memory columns of table 1, where they were measured."""
-    path = results / speed.SPEED
-    if not path.is_file():
+    measured = speed.read_speed(results)
+    if not measured:
         return []
-    measured = json.loads(path.read_text())
     rows = speed.speed_rows(measured)
     write_rows(results / "speed.csv", speed.COLUMNS, rows)
     lines = [

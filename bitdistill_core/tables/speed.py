@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bitdistill_core import checkpoint, latency
+from bitdistill_core.manifest import write_text
 from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
 from bitdistill_core.tables.cell import chain
@@ -33,8 +34,7 @@ def measure_speed(plan: Plan, *, store: Path, results: Path) -> dict[str, dict[s
     """
     from bitdistill_core.packing import FORMAT_VERSION  # a machine that only trains has no native extension
 
-    path = results / SPEED
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    path, found = results / SPEED, read_speed(results)
     group = plan.scale.groups.get("table1")
     if group is None:
         return found
@@ -47,7 +47,17 @@ def measure_speed(plan: Plan, *, store: Path, results: Path) -> dict[str, dict[s
         if found.get(name, {}).get("made_from") != made_from and (base / checkpoint.WEIGHTS).is_file():
             found[name] = {**_measure(plan, base), "made_from": made_from}
             results.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            write_text(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def read_speed(results: Path) -> dict[str, dict[str, Any]]:
+    """What results/speed.json holds, by model; nothing where it is not there. Raises ValueError if it is unreadable."""
+    path = results / SPEED
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"unreadable result path={path}: {error}; delete it, speed is measured again") from None
     return found
 
 

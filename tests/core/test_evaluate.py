@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from bitdistill_core import scorers
 from bitdistill_core.checkpoint import load_model
 from bitdistill_core.data import end_ids
 from bitdistill_core.evaluate import evaluate_split, score_examples, wilson_interval
@@ -197,6 +198,29 @@ def test_texts_of_a_batch_are_those_of_single_prompts(corpus: Path, model_type: 
     texts = list(scorer.generate(prompts, 12))
     assert [index for index, _ in texts] != sorted(index for index, _ in texts)
     assert [text for _, text in sorted(texts)] == expected
+
+
+def test_a_batch_holds_no_more_tokens_than_fit(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    scorer = TorchScorer(
+        build("qwen3", vocab_size=len(tokenizer), eos_token_id=None),
+        tokenizer,
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
+    prompts = ["mat", "a dog", "the end of the story", "the cat", "the cat sat on the mat and the dog ran to it", "dog"]
+    requests = [(scorer.encode_prompt(prompt), scorer.encode_answer(" end")) for prompt in prompts]
+    scores, texts = dict(scorer.score(requests)), dict(scorer.generate(prompts, 5))
+    longest = max(len(prompt) for prompt, _ in requests)
+    monkeypatch.setattr(scorers, "TOKENS_AT_ONCE", longest - 1)
+    shapes: list[tuple[int, int]] = []
+    embed = scorer.model.get_input_embeddings()
+    embed.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    assert dict(scorer.score(requests)) == pytest.approx(scores, abs=1e-5)
+    assert all(rows == 1 or rows * length < longest for rows, length in shapes)
+    assert {rows for rows, _ in shapes} > {1}
+    assert len(shapes) < len(prompts)
+    assert dict(scorer.generate(prompts, 5)) == texts
 
 
 def test_an_interrupted_evaluation_keeps_its_texts(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from bitdistill_core.config import Params
 from bitdistill_core.params import load_params
@@ -92,6 +93,24 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
     with pytest.raises(ValueError, match=r"an embedding for every token; got tokenizer.vocab_size=\d+, vocab_size=\d+"):
         require_fit(tiny_params, base, data_dir=finished_run / "data")
+
+
+def test_a_text_with_a_token_that_has_no_embedding_is_refused(
+    finished_run: Path, tiny_params: Params, tmp_path: Path
+) -> None:
+    base, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(finished_run / "base", base)
+    shutil.copytree(finished_run / "data", data)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<ticket>"])
+    tokenizer.save_pretrained(base)
+    require_fit(tiny_params, base, data_dir=data)  # no text has it
+    path = data / "examples/validation.parquet"
+    table = pq.read_table(path)
+    prompts = ["Review: <ticket> 7\nSentiment:", *table["prompt"].to_pylist()[1:]]
+    pq.write_table(table.set_column(0, "prompt", pa.array(prompts)), path)
+    with pytest.raises(ValueError, match="got token='<ticket>' without one in validation, text='Review: <ticket> 7"):
+        require_fit(tiny_params, base, data_dir=data)
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ import pytest
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from bitdistill_core.manifest import Metrics, Report, Result, StageBusyError, execute, locked, read_manifest
+from bitdistill_core.manifest import (
+    Metrics,
+    Report,
+    Result,
+    StageBusyError,
+    decisive,
+    execute,
+    locked,
+    read_manifest,
+)
 
 
 class Config(BaseModel):
@@ -234,6 +243,15 @@ def test_how_often_it_is_saved_changes_no_result(tmp_path: Path) -> None:
     assert not go(3).was_up_to_date
     assert go(4).was_up_to_date
     assert read_manifest(tmp_path / "out")["config"] == {"value": 1, "checkpoint_every": 3}
+
+
+def test_parameters_that_make_no_result_do_not_count_at_any_depth() -> None:
+    scratch = {"learning_rate": 1e-3, "checkpoint_every": 5, "report_every": 1}
+    assert decisive({"checkpoint": None, "scratch": scratch}) == {
+        "checkpoint": None,
+        "scratch": {"learning_rate": 1e-3},
+    }
+    assert decisive({"checkpoint": "org/model", "scratch": scratch}) == {"checkpoint": "org/model"}
 
 
 def test_files_that_a_stage_does_not_read_leave_it_up_to_date(tmp_path: Path) -> None:

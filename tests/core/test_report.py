@@ -152,6 +152,23 @@ def test_page_escapes_all_text(finished: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
+def test_directories_of_this_machine_are_not_shown(tmp_path: Path) -> None:
+    inputs = make_run(tmp_path / "runs/demo")
+    path = inputs.data / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"] |= {
+        "examples": "/home/someone/reviews.parquet",
+        "nested": {"corpus": "https://me:secret@host/x"},
+    }
+    path.write_text(json.dumps(manifest))
+    out = make_report(inputs, tmp_path / "report")
+    for page in ((out / "index.html").read_text(), (out / "report.md").read_text()):
+        assert ".../reviews.parquet" in page
+        assert "https://host/x" in page
+        assert "someone" not in page
+        assert "secret" not in page
+
+
 def test_markdown_has_the_same_tables_and_its_images_exist(finished: Path) -> None:
     text = (finished / "report.md").read_text()
     assert "87.0% (81.0 to 91.0)" in text

@@ -91,6 +91,13 @@ def test_a_corpus_column_of_numbers_is_refused(tmp_path: Path) -> None:
         list(Corpus(path, "n", limit=0))
 
 
+def test_half_a_character_in_a_corpus_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "cut \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"texts of whole characters; got text='cut \\ud83d' behind num_documents=1: "):
+        list(Corpus(path, "text", limit=0))
+
+
 def test_parquet_sources(tmp_path: Path) -> None:
     (tmp_path / "glue" / "sst2").mkdir(parents=True)
     pq.write_table(pa.table({"sentence": ["x"], "label": [1]}), tmp_path / "glue" / "sst2" / "validation-0.parquet")

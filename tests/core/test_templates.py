@@ -125,3 +125,11 @@ def test_a_template_that_cannot_be_learned_is_refused(fields: dict[str, object],
     whole = {"kind": "classification", "prompt": "{text}:", "label_words": ["good", "bad"], "answer_column": "label"}
     with pytest.raises(ValueError, match=message):
         Template(**{**whole, **fields})
+
+
+def test_bytes_are_texts_where_they_are_utf8() -> None:
+    row = {"sentence": "caf\u00e9".encode(), "label": b"negative"}
+    assert TEMPLATES["sst2"].render_prompt(row) == "Review: caf\u00e9\nSentiment:"
+    assert TEMPLATES["sst2"].label(row) == 0
+    with pytest.raises(ValueError, match=r"a text must be UTF-8; got sentence=b'caf\\xe9': "):
+        TEMPLATES["sst2"].render_prompt({"sentence": "caf\u00e9".encode("latin-1"), "label": 0})

@@ -12,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ParameterTypeError
 
+from bitdistill_core.params import load_params
 from bitdistill_core.pipeline import NODES
 from flows.convert import convert, override_strings
 from tests.conftest import ROOT
@@ -103,6 +104,8 @@ def test_data_root_and_mappings_are_shorthand_for_overrides(tmp_path: Path) -> N
         "distill.distill_layers=[-1]",
     ]
     assert override_strings(None) == []
+    title = {"report.title": "Reviews \U0001f3ac"}  # JSON would escape it as two halves, which YAML keeps apart
+    assert load_params(PARAMS, overrides=override_strings(title)).report.title == title["report.title"]
     template = {"kind": "classification", "prompt": "{text}"}
     assert override_strings({"data": {"task": "custom", "template": template}}) == [
         'data.task="custom"',

@@ -74,3 +74,24 @@ def interrupt(code: str, work: Path, folder: Path) -> tuple[int, str]:
             process.wait()
     assert list(work.glob("base*/*/step-*"))
     return status, log.read_text()
+
+
+def test_a_killed_conversion_leaves_no_server(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from prefect.server.api.server import SubprocessASGIServer
+from flows.server import start_temporary_server
+start_temporary_server()
+print(SubprocessASGIServer().server_process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
+    environment.pop("PREFECT_API_URL", None)
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    server, deadline = Path("/proc") / killed.stdout.strip(), time.monotonic() + 30
+    while server.exists() and "\nState:\tZ" not in (server / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

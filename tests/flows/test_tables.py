@@ -108,7 +108,7 @@ def test_a_cell_of_another_process_is_waited_for(options: dict[str, Any], monkey
     with get_client(sync_client=True) as client:
         flow_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
         states = {item.state_name for item in client.read_task_runs(flow_run_filter=flow_run)}
-    assert states == {"Busy", "Completed"}
+    assert states == {"Completed"}  # no task run just to see that it is busy
     assert float(artifact("cells")) == 100
 
 

@@ -14,11 +14,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from bitdistill_core.config import Params
+from bitdistill_core.config import DataConfig, Params
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.manifest import StageBusyError, digest_file, read_manifest
 from bitdistill_core.pipeline import NODES, find_node
-from tasks import run_files, tracking
+from tasks import mlflow_runs, run_files, tracking
+from tasks.packed_model import MAX_NEW_TOKENS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DEAD_SERVER = "http://127.0.0.1:9"  # nothing listens there
@@ -111,6 +112,30 @@ def test_the_packed_model_is_registered_and_predicts(client: MlflowClient, run_d
     prompts = ["Review: A fine film .\nSentiment:", "Review: Dull .\nSentiment:"]
     best = engine.score(prompts, [" negative", " positive"]).argmax(axis=1)
     assert predicted["label"].tolist() == [["negative", "positive"][index] for index in best]
+
+
+def test_a_summariser_takes_the_number_of_new_tokens(
+    client: MlflowClient, run_dir: Path, tiny_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tiny_params.data.resolved_template.model_copy(update={"kind": "generation"})
+    monkeypatch.setattr(DataConfig, "resolved_template", template)
+    tracking.send(run_dir, tiny_params, profile="summaries")
+    info = mlflow.models.get_model_info("models:/bitdistill-summaries@champion")
+    assert info.signature.params.to_dict() == [
+        {"name": "max_new_tokens", "type": "long", "default": MAX_NEW_TOKENS, "shape": None}
+    ]
+
+
+def test_two_processes_may_make_the_experiment_at_once(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_first(self: MlflowClient, name: str, **options: Any) -> str:
+        create(self, name, **options)
+        return create(self, name, **options)
+
+    create = MlflowClient.create_experiment
+    monkeypatch.setattr(MlflowClient, "create_experiment", other_first)
+    assert mlflow_runs.connect("unused")[1].name == tmp_path.name
 
 
 def test_the_champion_is_the_best_so_far_on_the_same_examples(
