@@ -88,6 +88,15 @@ class PackedModel:
     offsets: dict[str, int]  # of each tensor's first byte in the file
     file: BinaryIO  # open as long as the model is
     created_by: str
+    stamp: tuple[int, int]  # the file's size and time of change before it was read
+
+    def require_unchanged(self) -> None:
+        """Raises ValueError where the file was written to since: rows of a vocabulary are read from it in use."""
+        if _stamp(self.file) != self.stamp:
+            raise ValueError(
+                f"path={self.path} was overwritten while it was in use; load it again, and replace such a file by "
+                "renaming another to its name"
+            )
 
     @property
     def encoding(self) -> Encoding:
@@ -232,8 +241,8 @@ def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> Pack
             f"path={path}; pack the model again with this version"
         )
     checksums = _check_header(path, header, metadata)
+    size, _ = stamp = _stamp(file)
     expected_size = data_begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    size = os.fstat(file.fileno()).st_size
     if size != expected_size:
         fault = "is truncated" if size < expected_size else "has bytes after its end"
         raise ValueError(f"path={path} {fault}: expected_bytes={expected_size} got bytes={size}; copy or pack it again")
@@ -265,12 +274,17 @@ def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> Pack
                 raise ValueError(
                     f"path={path} is corrupted: the checksum of tensor={name} differs; copy or pack it again"
                 )
-    model = PackedModel(path, config, tensors, offsets, file, metadata["created_by"])
+    model = PackedModel(path, config, tensors, offsets, file, metadata["created_by"], stamp)
     # Likewise, one at a time: the norms of a whole vocabulary are not needed to classify.
     for name, tensor in tensors.items():
         if tensor.dtype == np.float32:
             check_numbers(f"path={path}", {name: model.read(name)})
     return model
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _digest(descriptor: int, offset: int, size: int, into: memoryview | None) -> str:

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from bitdistill_core.engine.model import Engine
 from tests.command_line import run
 from tests.conftest import ROOT
 from tests.core.classifiers import write_classifier
@@ -108,6 +111,21 @@ def test_texts_to_classify_may_come_from_stdin(tmp_path: Path) -> None:
     alone = run("classify", str(model), "film 299")[1]
     assert alone.rstrip("\n") == out.splitlines()[300]
     assert {row[0] for row in rows} <= set(words)
+
+
+def test_classify_answers_as_the_packed_model_was_evaluated(finished_run: Path) -> None:
+    rows = pq.read_table(finished_run / "data/examples/test.parquet").to_pylist()
+    texts = [row["prompt"].removeprefix("Review: ").removesuffix("\nSentiment:") for row in rows]
+    code, out, error = run("classify", str(finished_run), *texts)
+    assert code == 0, error
+    answers = [line.split("\t") for line in out.splitlines()]
+    lines = (finished_run / "evaluate/bitdistill_packed/predictions-test.jsonl").read_text().splitlines()
+    expected = [["negative", "positive"][json.loads(line)["prediction"]] for line in lines]
+    assert [answer[0] for answer in answers] == expected
+    scores = Engine.load(finished_run / "pack/bitdistill/model.bitdistill").score(
+        [row["prompt"] for row in rows], [" negative", " positive"]
+    )
+    assert [float(answer[1]) for answer in answers] == pytest.approx(np.exp(scores.max(axis=1)), abs=1e-3)
 
 
 def test_a_bad_line_of_stdin_is_named_and_those_before_it_are_answered(tmp_path: Path) -> None:

@@ -80,14 +80,17 @@ class Decoder:
                 f"the cache must hold every position; got capacity={cache.capacity} length={cache.length} "
                 f"num_tokens={len(segments[0])}"
             )
+        self.model.require_unchanged()
         return self._native.forward(list(segments), list(parents or [-1] * len(segments)), list(outputs), cache)
 
     def row_logits(self, hidden: Floats, rows: Sequence[int]) -> Floats:
         """(T, len(rows)) logits of some tokens of the vocabulary. Raises ValueError where one is not finite."""
+        self.model.require_unchanged()
         return require_finite(self._native.row_logits(hidden, list(rows)))
 
     def logits(self, hidden: Floats) -> Floats:
         """(T, V) logits. Raises ValueError where one is not finite."""
+        self.model.require_unchanged()
         return require_finite(self._native.logits(hidden))
 
     def top(self, hidden: Floats, count: int) -> list[tuple[int, float]]:
@@ -95,6 +98,7 @@ class Decoder:
 
         Equal ones are in the order of their ids; with a soft cap, logits that only the cap makes equal stay in order.
         """
+        self.model.require_unchanged()
         largest, _ = self._native.top(hidden, count)
         if not largest:
             raise ValueError(NOT_FINITE)

@@ -92,7 +92,8 @@ def require_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int, data_dir: 
     if not rowless:
         return
     paths = sorted((data_dir / "examples").glob("*.parquet"))
-    examples = ((path.stem, pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()) for path in paths)
+    tables = ((path.stem, pq.read_table(path, columns=["prompt", "answer"])) for path in paths)
+    examples = ((split, column.to_pylist()) for split, table in tables for column in table.columns)
     for place, texts in chain(examples, (("corpus", texts) for texts in iter_texts(corpus))):
         for text in texts:
             if token := next((token for token in rowless if token in text), None):

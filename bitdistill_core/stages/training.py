@@ -158,8 +158,9 @@ def _batching(config: TrainSection, batch_size: int) -> dict[str, int]:
 
 def _prompt_texts(path: Path, template: str) -> list[str]:
     """The prompts of a file without what the template puts before the first and behind the last column."""
-    parts = list(Formatter().parse(template))
-    head, tail = parts[0][0], parts[-1][0] if parts[-1][1] is None else ""
+    texts, columns = zip(*((text, column) for text, column, _, _ in Formatter().parse(template)), strict=True)
+    shown = [place for place, column in enumerate(columns) if column is not None]  # braces written twice are no column
+    head, tail = "".join(texts[: shown[0] + 1]), "".join(texts[shown[-1] + 1 :])
     prompts = pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()
     return [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
 

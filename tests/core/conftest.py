@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import BaseModel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -71,6 +72,14 @@ def build(model_type: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Each architecture in turn."""
     return build(request.param)
+
+
+def add_bos(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Has prompts begin with a mark of their own, as Gemma's and Llama 3's do; its id."""
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos: int = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return bos
 
 
 @dataclass(frozen=True)

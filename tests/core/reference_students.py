@@ -14,7 +14,7 @@ from bitdistill_core.engine.config import engine_config
 from bitdistill_core.packing import Int8Rows, TernaryLinear, write_student
 from tests.core.architectures import ARCHITECTURES, BOS, COMMON
 
-EPS = 1e-6
+EPS = 0.01  # of SubLN, far from the models' own
 BLOCK = 16  # weights that share a scale, where blocks do
 
 
@@ -70,10 +70,12 @@ def round_rows(weight: torch.Tensor) -> Int8Rows:
 
 
 @torch.no_grad()
-def reference_student(name: str, subln: str, grid: str, granularity: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def reference_student(
+    name: str, subln: str, grid: str, granularity: str, window: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A random transformers model with reference BitLinears, and the dictionary of its config.json."""
     torch.manual_seed(7)
-    options = COMMON | ARCHITECTURES[name]
+    options = COMMON | ARCHITECTURES[name] | {"max_position_embeddings": window}
     if granularity == "block":
         options["intermediate_size"] = 5 * BLOCK
     config = AutoConfig.for_model(**options)
@@ -104,9 +106,10 @@ def write_reference(
     granularity: str = "tensor",
     encoding: Encoding = "2bit",
     with_eos: bool = False,
+    window: int = COMMON["max_position_embeddings"],
 ) -> PreTrainedModel:
     """Packs a reference student at `path`; the returned model has the file's rounded embeddings."""
-    model, hf_config = reference_student(name, subln, grid, granularity)
+    model, hf_config = reference_student(name, subln, grid, granularity, window)
     linears, norms, embeddings = {}, {}, {}
     for module_name, module in model.named_modules():
         if isinstance(module, ReferenceBitLinear):

@@ -16,7 +16,7 @@ from bitdistill_core.blockwise import _next_gains, take_over_frame, train_blocks
 from bitdistill_core.losses import Batch
 from bitdistill_core.manifest import Metrics
 from bitdistill_core.passage import Passage
-from bitdistill_core.stages import distill, pretrain, surgery
+from bitdistill_core.stages import distill, pretrain, surgery, training
 from tests.core.batches import make_batch, split
 from tests.core.conftest import Workshop, build, section
 from tests.core.hooks import block_outputs, num_hooks
@@ -300,3 +300,10 @@ def test_blocks_are_trained_on_the_channels_that_the_next_norm_weighs(tmp_path: 
         reported = next(m["distill.blockwise/block_error"] for m in log if "distill.blockwise/block_error" in m)
         assert reported == pytest.approx(wanted / len(STEPS), rel=1e-4)
     assert errors["next_norm"] < 0.9 * errors["none"]
+
+
+def test_the_text_of_a_prompt_is_what_the_template_puts_columns_in(tmp_path: Path) -> None:
+    template = "Ticket {{json}}: {text} of {place} {{end}}:"
+    rows = [{"text": "late", "place": "Rome"}, {"text": "lost", "place": "Oslo"}]
+    pq.write_table(pa.table({"prompt": [template.format(**row) for row in rows]}), tmp_path / "train.parquet")
+    assert training._prompt_texts(tmp_path / "train.parquet", template) == ["late of Rome", "lost of Oslo"]

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers.processors import TemplateProcessing
 
 from bitdistill_core.corpus import BlockBatches, sample_sequences, tokenize_corpus
 from bitdistill_core.data import encode_prompt
 from bitdistill_core.stages.base import train_tokenizer
+from tests.core.conftest import add_bos
 
 
 def test_blocks_cover_the_corpus(tmp_path: Path, corpus: Path) -> None:
@@ -33,11 +33,7 @@ def test_documents_blocks_and_calibration_begin_as_prompts_do(tmp_path: Path, co
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     begin = []
     if has_mark:
-        tokenizer.add_special_tokens({"bos_token": "<s>"})
-        begin = [tokenizer.bos_token_id]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", *begin)]
-        )
+        begin = [add_bos(tokenizer)]
     assert encode_prompt(tokenizer, "the cat")[: len(begin)] == begin
     tokens = tokenize_corpus(corpus, tokenizer, max_tokens=10**6, out=tmp_path / "tokens.bin")
     documents = ["the cat sat on the mat", "a dog ran", "the end of the story"] * 20

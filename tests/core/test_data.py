@@ -19,7 +19,7 @@ from bitdistill_core.data import (
 )
 from bitdistill_core.losses import Totals
 from bitdistill_core.stages.base import train_tokenizer
-from tests.core.conftest import Workshop
+from tests.core.conftest import Workshop, add_bos
 
 
 def test_long_prompts_lose_tokens_on_the_left(tmp_path: Path, corpus: Path) -> None:
@@ -32,6 +32,20 @@ def test_long_prompts_lose_tokens_on_the_left(tmp_path: Path, corpus: Path) -> N
     assert tokenizer.decode(long.prompt_ids).endswith("sat:")
     assert tokenizer.decode(short.prompt_ids + short.answer_ids) == "a: no"
     assert (long.is_cut, short.is_cut) == (True, False)
+
+
+@pytest.mark.parametrize("is_generation", [False, True])
+def test_a_cut_prompt_keeps_its_leading_mark(tmp_path: Path, corpus: Path, is_generation: bool) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    bos = add_bos(tokenizer)
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"prompt": ["the cat " * 30 + "sat:"], "answer": [" yes"]}), path)
+    (example,) = load_examples(path, tokenizer, max_length=12, window=64, is_generation=is_generation)
+    room, whole = 12 - len(example.answer_ids), encode_prompt(tokenizer, "the cat " * 30 + "sat:")
+    assert whole.count(bos) == 1
+    num_last = (room - 1) // 2 if is_generation else room - 1
+    assert example.prompt_ids == [*whole[: room - num_last], *whole[len(whole) - num_last :]]
+    assert example.prompt_ids[0] == bos
 
 
 def test_a_length_beyond_the_window_is_an_error(tmp_path: Path, corpus: Path) -> None:

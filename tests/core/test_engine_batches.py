@@ -10,6 +10,7 @@ from torch import nn
 
 from bitdistill_core.engine import batching
 from bitdistill_core.engine.batching import batches, shared_prefix
+from bitdistill_core.engine.kernels import available_kernels
 from bitdistill_core.engine.model import Engine
 from bitdistill_core.packing import Int8Rows, write_student
 from bitdistill_core.panels import unpack_int8_rows
@@ -189,6 +190,47 @@ def test_half_precision_keys_and_values_stay_close(tmp_path: Path) -> None:
         assert cache.num_bytes == 64 * 3 * 2 * 16 * 2 * (2 if kv_dtype == "float16" else 4)
     np.testing.assert_array_equal(rows["float32"], engine.logits(prompt))
     assert 0 < relative_error(rows["float16"], reference_logits(model, prompt)) < 0.05
+
+
+@pytest.mark.parametrize("kernel", available_kernels())
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_a_prompt_of_many_chunks_is_that_of_small_parts(
+    tmp_path: Path, name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_reference(tmp_path / "m", name, window=2048)
+    engine = Engine.load(tmp_path / "m", num_threads=2, kernel=kernel)
+    prompt = random_sequences(3, [1500])[0]
+    expected = engine.logits(prompt, last=True)
+    cache = engine._decoder.new_cache(1500)
+    for begin in range(0, 1500, 50):
+        hidden = engine._decoder.forward([np.array(prompt[begin : begin + 50], np.int32)], [49], cache=cache)
+    np.testing.assert_array_equal(engine._decoder.logits(hidden), expected)
+    assert relative_error(expected[0], reference_logits(model, prompt)[-1]) < 0.05
+    tokens = list(engine.generate_ids(prompt, 4, ignore_eos=True))
+    monkeypatch.setattr("bitdistill_core.engine.model.PREFILL_TOKENS", 7)
+    assert list(engine.generate_ids(prompt, 4, ignore_eos=True)) == tokens
+
+
+def test_generation_uses_the_keys_and_values_it_was_loaded_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reference(tmp_path / "m", "qwen3")
+    engine = Engine.load(tmp_path / "m", num_threads=1, kv_dtype="float16")
+    prompt, decoder = random_sequences(2, [40])[0], engine._decoder
+    cache = decoder.new_cache(64, "float16")
+    at_once = decoder.logits(decoder.forward([np.array(prompt, np.int32)], range(40), cache=cache))
+    cache = decoder.new_cache(64, "float16")
+    rows = [decoder.logits(decoder.forward([np.array([token], np.int32)], [0], cache=cache)) for token in prompt]
+    np.testing.assert_array_equal(np.concatenate(rows), at_once)
+    expected = []
+    for _ in range(8):
+        expected.append(int(rows[-1][0].argmax()))
+        rows.append(decoder.logits(decoder.forward([np.array(expected[-1:], np.int32)], [0], cache=cache)))
+    made: list[str] = []
+    new_cache = type(decoder).new_cache
+    monkeypatch.setattr(
+        type(decoder), "new_cache", lambda self, length, dtype: made.append(dtype) or new_cache(self, length, dtype)
+    )
+    assert list(engine.generate_ids(prompt, 8, ignore_eos=True)) == expected
+    assert made == ["float16"]
 
 
 def test_a_prompt_in_parts_equals_it_at_once(pair: tuple[Engine, nn.Module]) -> None:

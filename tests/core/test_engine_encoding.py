@@ -67,8 +67,25 @@ def test_a_file_truncated_before_the_first_token_is_one_error(twins: tuple[Path,
     engine = Engine.load(path, num_threads=2)
     hidden = engine._decoder.forward([np.array(PROMPT, np.int32)], [0])
     os.truncate(path, engine.model.offsets[f"{engine.config.head}.scan"])
-    with pytest.raises(ValueError, match="the packed file cannot be read any more"):
+    with pytest.raises(ValueError, match="was overwritten while it was in use; load it again"):
         engine._decoder.logits(hidden)
+
+
+def test_another_model_copied_over_a_loaded_one_gives_no_answer(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(twins[1].read_bytes())
+    engine, before = Engine.load(path, num_threads=1), path.stat()
+    expected = engine.logits(PROMPT)
+    path.write_bytes(twins[1].read_bytes())  # in place
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    for use in (lambda: engine.logits(PROMPT), lambda: engine.score(["a"], ["b"]), lambda: engine.embed(["a"])):
+        with pytest.raises(ValueError, match="was overwritten while it was in use; load it again"):
+            use()
+    engine = Engine.load(path, num_threads=1)
+    other = tmp_path / "new"
+    other.write_bytes(twins[0].read_bytes())
+    other.replace(path)
+    np.testing.assert_array_equal(engine.logits(PROMPT), expected)
 
 
 def test_info_shows_the_encoding_and_the_bytes_of_the_file(twins: tuple[Path, Path]) -> None:

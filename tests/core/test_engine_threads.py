@@ -38,6 +38,33 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("own", ["thread", "engine"])
+def test_a_forked_child_with_threads_of_its_own_frees_an_inherited_engine(tmp_path: Path, own: str) -> None:
+    write_classifier(tmp_path / "model.bitdistill", TASK)
+    script = f"""
+import os, sys, threading
+from bitdistill_core.engine.model import Engine
+engine = Engine.load({str(tmp_path / "model.bitdistill")!r}, num_threads=2)
+expected = engine.score(["a film"], [" bad", " good"])
+if os.fork() == 0:
+    if {own!r} == "thread":
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join()
+        del engine
+        sys.exit(0)
+    another = Engine.load({str(tmp_path / "model.bitdistill")!r}, num_threads=2)
+    del engine
+    same = (another.score(["a film"], [" bad", " good"]) == expected).all()
+    del another
+    sys.exit(0 if same else 3)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "0\n", result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_forked_before_the_first_token_generates_as_its_parent(tmp_path: Path) -> None:
     write_classifier(tmp_path / "model.bitdistill", TASK)
     script = f"""

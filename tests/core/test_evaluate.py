@@ -17,7 +17,7 @@ from bitdistill_core.packing import PACKED_FILE
 from bitdistill_core.scorers import PackedScorer, Request, Scorer, TorchScorer
 from bitdistill_core.stages.base import train_tokenizer
 from bitdistill_core.surgery import operate
-from tests.core.conftest import build
+from tests.core.conftest import add_bos, build
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
@@ -220,7 +220,12 @@ def test_a_batch_holds_no_more_tokens_than_fit(corpus: Path, monkeypatch: pytest
     assert all(rows == 1 or rows * length < longest for rows, length in shapes)
     assert {rows for rows, _ in shapes} > {1}
     assert len(shapes) < len(prompts)
+    monkeypatch.setattr(scorers, "TOKENS_AT_ONCE", 2 * (longest + 5))
+    shapes.clear()
     assert dict(scorer.generate(prompts, 5)) == texts
+    prefills = [(rows, length) for rows, length in shapes if length > 1]
+    assert all(rows * (length + 5) <= 2 * (longest + 5) for rows, length in prefills)
+    assert max(rows for rows, _ in prefills) > 1
 
 
 def test_an_interrupted_evaluation_keeps_its_texts(tmp_path: Path) -> None:
@@ -261,6 +266,24 @@ def test_a_frozen_student_computes_what_it_did() -> None:
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "proj.weight" in name)
 
 
+def test_both_runtimes_give_the_same_answers(finished_run: Path) -> None:
+    model, tokenizer = load_model(finished_run / "distill")
+    torch_scorer = TorchScorer(model, tokenizer, batch_size=4, device=torch.device("cpu"))
+    packed = PackedScorer(finished_run / "pack" / "bitdistill" / PACKED_FILE)
+    rows = pq.read_table(finished_run / "data/examples/test.parquet").to_pylist()
+    for row in rows:
+        assert torch_scorer.encode_prompt(row["prompt"]) == packed.encode_prompt(row["prompt"])
+    answers = [torch_scorer.encode_answer(word) for word in (" negative", " positive", " very good")]
+    assert [packed.encode_answer(word) for word in (" negative", " positive", " very good")] == answers
+    requests = [(packed.encode_prompt(row["prompt"]), answer) for row in rows for answer in answers]
+    expected = dict(torch_scorer.score(requests))
+    assert dict(packed.score(requests)) == pytest.approx(expected, abs=0.05)
+    assert max(expected.values()) - min(expected.values()) > 1
+    prompts = [row["prompt"] for row in rows]
+    texts, others = dict(torch_scorer.generate(prompts, 8)), dict(packed.generate(prompts, 8))
+    assert sum(texts[index] == others[index] for index in texts) >= 0.8 * len(prompts)  # ties of INT8 rounding
+
+
 def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finished_run: Path) -> None:
     model, tokenizer = load_model(finished_run / "distill")
     scorers: list[Any] = [
@@ -278,7 +301,15 @@ def test_prompts_beyond_the_window_lose_their_beginning_in_both_runtimes(finishe
         room = window - max(map(len, answers)) + 1
         cut = dict(scorer.score([(short[-room:], answer) for answer in answers]))
         assert scores == pytest.approx(cut, abs=1e-6)
-        assert [index for index, _ in scorer.generate([text], 3)] == [0]
+        room = window - 3 + 1  # a summariser's prompt loses its middle
+        half = scorer.encode_prompt(text)
+        kept = [*half[: room - room // 2], *half[len(half) - room // 2 :]]
+        by_hand = kept if isinstance(scorer, PackedScorer) else torch.tensor([kept])
+        if isinstance(scorer, PackedScorer):
+            new = list(scorer.engine.generate_ids(by_hand, 3))
+        else:
+            new = scorer.model.generate(by_hand, max_new_tokens=3, do_sample=False)[0, len(kept) :].tolist()
+        assert list(scorer.generate([text], 3)) == [(0, tokenizer.decode(new, skip_special_tokens=True))]
     with pytest.raises(ValueError, match="a prompt needs room beside its answer"):
         list(scorers[0].generate([text], window + 2))
 
@@ -287,3 +318,22 @@ def test_wilson_interval_against_a_published_example() -> None:
     # Newcombe 1998, table I: 81 of 263
     low, high = wilson_interval(81 / 263, 263)
     assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+
+
+def test_a_prompt_beyond_the_window_keeps_its_leading_mark(corpus: Path) -> None:
+    tokenizer = train_tokenizer(corpus, vocab_size=300)
+    bos = add_bos(tokenizer)
+    model = build("qwen3", vocab_size=len(tokenizer), eos_token_id=None)
+    scorer = TorchScorer(model, tokenizer, batch_size=2, device=torch.device("cpu"))
+    text = "the cat sat on the mat and the dog ran " * 20
+    prompt, answer, window = scorer.encode_prompt(text), scorer.encode_answer(" end"), scorer.window
+    room = window - len(answer) + 1
+    by_hand = [bos, *prompt[len(prompt) - room + 1 :]]
+    assert dict(scorer.score([(prompt, answer)])) == pytest.approx(dict(scorer.score([(by_hand, answer)])), abs=1e-6)
+    assert scorer.score([(prompt[-room:], answer)]).__next__()[1] != pytest.approx(
+        next(scorer.score([(by_hand, answer)]))[1], abs=1e-4
+    )
+    room, last = window - 3 + 1, (window - 3) // 2
+    kept = torch.tensor([[*prompt[: room - last], *prompt[len(prompt) - last :]]])
+    new = model.generate(kept, max_new_tokens=3, do_sample=False)[0, room:].tolist()
+    assert list(scorer.generate([text], 3)) == [(0, tokenizer.decode(new, skip_special_tokens=True))]

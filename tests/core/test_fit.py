@@ -107,10 +107,11 @@ def test_a_text_with_a_token_that_has_no_embedding_is_refused(
     require_fit(tiny_params, base, data_dir=data)  # no text has it
     path = data / "examples/validation.parquet"
     table = pq.read_table(path)
-    prompts = ["Review: <ticket> 7\nSentiment:", *table["prompt"].to_pylist()[1:]]
-    pq.write_table(table.set_column(0, "prompt", pa.array(prompts)), path)
-    with pytest.raises(ValueError, match="got token='<ticket>' without one in validation, text='Review: <ticket> 7"):
-        require_fit(tiny_params, base, data_dir=data)
+    for place, column in enumerate(("prompt", "answer")):
+        texts = ["a <ticket> 7", *table[column].to_pylist()[1:]]
+        pq.write_table(table.set_column(place, column, pa.array(texts)), path)
+        with pytest.raises(ValueError, match="got token='<ticket>' without one in validation, text='a <ticket> 7'"):
+            require_fit(tiny_params, base, data_dir=data)
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(finished_run: Path, tiny_params: Params, tmp_path: Path) -> None:

@@ -146,3 +146,25 @@ def test_no_tensor_of_the_whole_vocabulary_loss_exists(monkeypatch: pytest.Monke
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses.logits_kd_loss(student, hidden, teacher, teacher_hidden, batch, kd_temperature=1.0, variant="authors")
     assert max(saved) <= max(97 * 32, 80 * 32)  # the head's weight or the hidden states, not 80 x 97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_the_vocabulary_losses_have_the_gradients_of_the_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients() -> dict[str, Tensor]:
+        student, teacher, batch = build("qwen3", seed=1), build("qwen3", seed=2), make_batch([6, 9], [1, 3])
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            hidden, taught = losses.hidden_states(student, batch), losses.hidden_states(teacher, batch).detach()
+            kd = losses.logits_kd_loss(student, hidden, teacher, taught, batch, kd_temperature=2.0, variant="authors")
+            (losses.task_loss(student, hidden, batch) + kd).backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    whole = gradients()
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 97 * 2)  # two tokens a chunk
+    chunked = gradients()
+    assert whole.keys() == chunked.keys()
+    assert "model.embed_tokens.weight" in whole
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for name, gradient in whole.items():
+        assert float((chunked[name] - gradient).norm()) <= tolerance * float(gradient.norm()), name

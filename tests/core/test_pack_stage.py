@@ -19,7 +19,7 @@ from bitdistill_core.stages import pack, surgery
 from bitdistill_core.stages.pack import pack_model
 from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
-from tests.core.conftest import Workshop, build, section
+from tests.core.conftest import CONFIGS, Workshop, build, section
 from tests.core.reference_students import relative_error, tokenizer_json
 from tests.core.students import student_of
 
@@ -44,7 +44,7 @@ def rounded_student(model_type: str, quantizer: WeightQuantizer) -> PreTrainedMo
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: f"{q.grid}-{q.granularity}")
-@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_every_weight_quantizer_of_a_student_is_packed(
     tmp_path: Path, model_type: str, quantizer: WeightQuantizer
 ) -> None:

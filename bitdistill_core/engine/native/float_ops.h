@@ -184,11 +184,10 @@ void decode_row(const uint8_t* scan_panel, int r, const uint8_t* next, const uin
   const Int32x8 nibbles = {nibble, nibble, nibble, nibble, nibble, nibble, nibble, nibble};
   const Int32x8 zeros = {zero, zero, zero, zero, zero, zero, zero, zero}, shifts = {0, 4, 0, 4, 0, 4, 0, 4};
   for (int group = 0; group < num_groups; ++group) {
-    typedef int32_t Int32x4 __attribute__((vector_size(16)));
     int32_t n[4];
     for (int i = 0; i < 4; ++i) __builtin_memcpy(n + i, scan_panel + i * kLineBytes + 4 * r, 4);
-    const Int32x4 lines = {n[0], n[1], n[2], n[3]};
-    const Int32x8 high = (__builtin_shufflevector(lines, lines, 0, 0, 1, 1, 2, 2, 3, 3) >> shifts) & nibbles;
+    const Int32x8 lines = {n[0], n[0], n[1], n[1], n[2], n[2], n[3], n[3]};
+    const Int32x8 high = (lines >> shifts) & nibbles;
     const Int32x8 bit = spread_bits(scan_panel + 4 * kLineBytes + 4 * r);
     const Int32x8 low = spread_bits(next) << 2 | spread_bits(rest + 4) << 1 | spread_bits(rest);
     const Int32x8 u = high << 4 | bit << 3 | low;

@@ -20,6 +20,7 @@ class Buffer {
   T* get(std::size_t count) {
     if (count > count_) {
       data_.reset();
+      count_ = 0;  // and stays so where there is no memory
       const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
       data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (!data_) throw std::bad_alloc();

@@ -38,8 +38,9 @@ Team::Team(int num_threads) : owner_(getpid()) {
   // More threads than cores: looking out would take the core from the one that works.
   spins_ = num_threads <= int(std::max(std::thread::hardware_concurrency(), 1u)) ? kSpins : 0;
   try {
+    workers_.reserve(num_threads);
     for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { look_out(thread); });
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {  // no thread, or no memory for one
     const std::size_t started = workers_.size() + 1;
     end();
     throw std::invalid_argument("the system must be able to start every thread; got num_threads=" +
@@ -53,8 +54,9 @@ Team::~Team() {
     end();
     return;
   }
-  // A forked child: the threads are the parent's, and those asleep would be waited for.
-  for (std::thread& worker : workers_) worker.detach();
+  // A forked child: the threads are the parent's, and those asleep would be waited for. Their handles are left alone:
+  // the child's own threads may have the same ones by now.
+  new std::vector<std::thread>(std::move(workers_));
   wake_.release();
 }
 
