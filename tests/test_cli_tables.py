@@ -1,6 +1,9 @@
 """`bitdistill tables` and `bitdistill cell` at a scale of seconds: what is missing is run, the rest is found."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,18 @@ def test_rendering_alone_runs_nothing(options: list[str]) -> None:
     assert json.loads(out.splitlines()[-1]) == {"finished": 0, "failed": 0, "left": 3, "directory": "elsewhere"}
     assert "0 of 3 cells are there" in Path("elsewhere/README.md").read_text()
     assert not Path("runs").exists()
+
+
+def test_the_module_for_training_alone_has_an_exit_code_for_each_end(tiny_scale: Path, stored_stages: Path) -> None:
+    command = [sys.executable, "-m", "bitdistill_core.tables", "--scale", "tiny", "--tables", str(tiny_scale)]
+    command += ["--params", str(ROOT / "params.yaml"), "--out", "results", "--store", str(stored_stages)]
+
+    def end(*options: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([*command, *options], env=environment, capture_output=True, check=False).returncode
+
+    assert end("--groups", "table1", "--budget-minutes", "0") == 2
+    assert end("--groups", "table1") == 0
+    assert "2 of 3 cells are there" in Path("results/README.md").read_text()
+    assert end() == 1  # a cell that fails
+    assert end("--groups", "none") == 1

@@ -15,6 +15,7 @@ from prefect.exceptions import ParameterTypeError
 from bitdistill_core.params import load_params
 from bitdistill_core.pipeline import NODES
 from flows.convert import convert, override_strings
+from tests.command_line import run
 from tests.conftest import ROOT
 from tests.flows.artifacts import artifact
 
@@ -57,6 +58,17 @@ def test_a_conversion_runs_every_stage_and_records_it(
     assert again == result
     assert caplog.text.count(": up to date") == len(NODES)
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+
+
+def test_the_command_of_a_conversion_ends_with_its_results_as_json(run_dir: Path, tiny_overrides: list[str]) -> None:
+    sets = [part for override in tiny_overrides for part in ("--set", override)]
+    code, out, error = run("convert", "--params", str(PARAMS), "--no-track", *sets)
+    assert code == 0, error
+    result = json.loads(out.splitlines()[-1])
+    assert result["run_dir"] == "runs/demo"
+    rows = {row["method"]: row for row in json.loads((run_dir / "report/results.json").read_text())["rows"]}
+    assert result["bitdistill/accuracy"] == rows["bitdistill"]["accuracy"]
+    assert error.splitlines()[-1] == "report: runs/demo/report/index.html"
 
 
 def test_artifacts_show_progress_results_and_report(run_dir: Path, tiny_overrides: list[str]) -> None:
