@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 from bitdistill_core import train
 from bitdistill_core.block_outputs import hidden_kd_loss
 from bitdistill_core.choices import ChannelWeights, Precision
+from bitdistill_core.disk import sync
 from bitdistill_core.losses import Batch, Totals
-from bitdistill_core.manifest import METRICS, Metrics, Report, sync
+from bitdistill_core.manifest import METRICS, Metrics, Report
 from bitdistill_core.passage import Passage
 from bitdistill_core.replay import Replay, length_multiple
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from bitdistill_core import __version__
+from bitdistill_core.disk import sync, write_text
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
@@ -285,22 +286,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes a JSON lines file atomically."""
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _finished(directory: Path, fingerprint: str) -> Result | None:

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
+from bitdistill_core.disk import sync
 from bitdistill_core.engine.config import EngineConfig, linear_layers
 from bitdistill_core.engine.tensors import (
     CODES,
@@ -210,7 +211,7 @@ def write_packed(path: Path, *, config: dict[str, Any], tensors: Mapping[str, np
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync(path.parent)
 
 
 def read_packed(path: Path, *, read_codes: bool = False, read_head: bool = False) -> PackedModel:
@@ -384,11 +385,3 @@ def _map_tensors(file: BinaryIO, header: dict[str, Any], data_begin: int) -> dic
         name: np.ndarray(tuple(entry["shape"]), _DTYPES[entry["dtype"]], data[slice(*entry["data_offsets"])].data)
         for name, entry in header.items()
     }
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

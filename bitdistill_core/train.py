@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitdistill_core.choices import Precision, Schedule
+from bitdistill_core.disk import sync
 from bitdistill_core.errors import one_line
-from bitdistill_core.manifest import sync
 from bitdistill_core.progress import progress_bar
 from bitdistill_core.schedules import learning_rate_factor
 

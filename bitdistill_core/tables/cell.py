@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from bitdistill_core import __version__, checkpoint
 from bitdistill_core.config import EvaluateConfig
+from bitdistill_core.disk import write_text
 from bitdistill_core.evaluate import score_examples, wilson_interval
 from bitdistill_core.manifest import (
     METRICS_LOG,
@@ -35,7 +36,6 @@ from bitdistill_core.manifest import (
     execute,
     locked,
     read_manifest,
-    write_text,
 )
 from bitdistill_core.report.weights import summarize
 from bitdistill_core.runtime import prepare_runtime

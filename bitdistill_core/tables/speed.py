@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bitdistill_core import checkpoint, latency
-from bitdistill_core.manifest import write_text
+from bitdistill_core.disk import write_text
 from bitdistill_core.stages.training import round_embeddings
 from bitdistill_core.surgery import operate
 from bitdistill_core.tables.cell import chain

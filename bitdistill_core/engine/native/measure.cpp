@@ -146,7 +146,9 @@ double measure_gemm(const Kernels& kernels, int n, int k, int tokens, int num_th
 }
 
 double measure_gemv(const Kernels& kernels, int n, int k, int num_threads, int repeats, bool base3) {
-  if (base3 && kernels.gemv_base3 == nullptr) throw std::invalid_argument("these kernels stream two bits a weight only");
+  if (base3 && kernels.gemv_base3 == nullptr) {
+    throw std::invalid_argument("these kernels stream two bits a weight only");
+  }
   Team team(num_threads);
   Case matrix(team, kernels, n, k, 1, base3);
   const double bytes = double(matrix.linear.num_panels()) * matrix.linear.panel_bytes();
