@@ -88,7 +88,7 @@ def test_core_modules_do_not_import_stages() -> None:
 
 
 def test_the_engine_imports_packing_and_itself_and_no_torch() -> None:
-    allowed = tuple(f"bitdistill_core.{name}" for name in ("choices", "engine", "packing", "panels"))
+    allowed = tuple(f"bitdistill_core.{name}" for name in ("choices", "disk", "engine", "packing", "panels"))
     files = [*sources("bitdistill_core/engine"), ROOT / "bitdistill_core/packing.py"]
     found = [item for path in files for item in imports_of(path)]
     assert not [i for i in found if i.package in {"torch", "transformers"}]
