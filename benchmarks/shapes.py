@@ -248,12 +248,8 @@ def _gguf_tensors(config: EngineConfig) -> Iterator[tuple[str, NDArray[Any]]]:
         yield _gguf_name(norm), np.ones(size, np.float32)
 
 
-def _write_f16_gguf(path: Path, name: str) -> None:
-    import gguf
-
-    config = student_config(name)
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+def write_hyperparameters(writer: Any, config: Any, rope_theta: float) -> None:
+    """Sizes and constants of a model, of the engine's config or of transformers', into a gguf.GGUFWriter."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -263,9 +259,18 @@ def _write_f16_gguf(path: Path, name: str) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base(rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _write_f16_gguf(path: Path, name: str) -> None:
+    import gguf
+
+    config = student_config(name)
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    write_hyperparameters(writer, config, config.rope["full_attention"]["rope_theta"])
     writer.add_tokenizer_model("no_vocab")
     for tensor_name, tensor in _gguf_tensors(config):
         writer.add_tensor(tensor_name, tensor)
