@@ -38,6 +38,7 @@ from bitdistill_core.engine.config import EngineConfig, linear_layers
 from bitdistill_core.engine.tensors import (
     CODES,
     FLOAT32,
+    SEARCHED,
     TASK,
     TOKENIZER,
     UINT8,
@@ -258,7 +259,7 @@ def _read(path: Path, file: BinaryIO, read_codes: bool, read_head: bool) -> Pack
     tensors = _map_tensors(file, header, data_begin)
     check_tensors(f"path={path}", config, tensors)
     offsets = {name: data_begin + entry["data_offsets"][0] for name, entry in header.items()}
-    suffixes = tuple(CODES.values()) * read_codes + (f"{config.head}.scan",) * read_head
+    suffixes = tuple(CODES.values()) * read_codes + tuple(f"{config.head}.{part}" for part in SEARCHED) * read_head
     kept = [name for name in tensors if name.endswith(suffixes)]
     tensors |= dict(zip(kept, empty_lines([tensors[name].shape for name in kept]), strict=True))
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bitdistill_core.engine.config import SLIDING, EngineConfig, LinearLayer, linear_layers
 from bitdistill_core.engine.kernels import _native, expand_base3, is_sound, streams_base3
 from bitdistill_core.engine.memory import part_of
-from bitdistill_core.engine.tensors import CODES
+from bitdistill_core.engine.tensors import CODES, SEARCHED
 from bitdistill_core.packing import HASH_THREADS, PackedModel
 from bitdistill_core.panels import empty_lines, packed_shape, panel_scales
 
@@ -37,10 +37,10 @@ class Decoder:
             for name in model.tensors
             if part_of(name) == "norms_biases_scales" and not name.endswith(".weight_scale")
         }
-        head_scan = model.tensors[f"{config.head}.scan"]
-        if not head_scan.flags.writeable:  # the map; filled with the first token that is generated
-            (head_scan,) = empty_lines([head_scan.shape])
-            self.arrays[f"{config.head}.scan"] = head_scan
+        streamed = [f"{config.head}.{part}" for part in SEARCHED]
+        if not model.tensors[streamed[0]].flags.writeable:  # the map; filled with the first token that is generated
+            copies = empty_lines([model.tensors[name].shape for name in streamed])
+            self.arrays |= dict(zip(streamed, copies, strict=True))
         tensors = model.tensors | self.arrays
         embedding = _rows(model, "model.embed_tokens")
         self._native = _native.Model(
@@ -49,7 +49,8 @@ class Decoder:
             final_norm=tensors["model.norm.weight"],
             embedding=embedding,
             head=embedding if config.tie_word_embeddings else _rows(model, config.head),
-            head_scan=head_scan,
+            head_scan=tensors[streamed[0]],
+            head_next=tensors[streamed[1]],
             kernel=kernel,
             num_threads=num_threads,
         )
@@ -75,11 +76,8 @@ class Decoder:
             parents: for each segment the earlier segment it continues, or -1. None: no segment continues another.
             cache: of one sequence; then there is one segment, which follows the positions in the cache and joins them.
         """
-        if cache is not None and cache.length + len(segments[0]) > cache.capacity:
-            raise ValueError(
-                f"the cache must hold every position; got capacity={cache.capacity} length={cache.length} "
-                f"num_tokens={len(segments[0])}"
-            )
+        if cache is not None:
+            _require_room(cache, len(segments[0]))
         self.model.require_unchanged()
         return self._native.forward(list(segments), list(parents or [-1] * len(segments)), list(outputs), cache)
 
@@ -99,14 +97,31 @@ class Decoder:
         Equal ones are in the order of their ids; with a soft cap, logits that only the cap makes equal stay in order.
         """
         self.model.require_unchanged()
-        largest, _ = self._native.top(hidden, count)
-        if not largest:
-            raise ValueError(NOT_FINITE)
-        return largest
+        return _require_any(self._native.top(hidden, count)[0])
+
+    def step(self, token: int, cache: _native.KeyValueCache, count: int) -> list[tuple[int, float]]:
+        """`top` behind one more token of the sequence in the cache, which it joins: `forward` and `top` in one call."""
+        _require_room(cache, 1)
+        self.model.require_unchanged()
+        return _require_any(self._native.step(token, cache, count))
 
     def top_statistics(self, hidden: Floats, count: int) -> tuple[int, int]:
         """Of how many rows `top` read the sixth bit, and how many it read whole and computed in float32."""
         return self._native.top(hidden, count)[1]
+
+
+def _require_room(cache: _native.KeyValueCache, num_tokens: int) -> None:
+    if cache.length + num_tokens > cache.capacity:
+        raise ValueError(
+            f"the cache must hold every position; got capacity={cache.capacity} length={cache.length} "
+            f"num_tokens={num_tokens}"
+        )
+
+
+def _require_any(largest: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    if not largest:
+        raise ValueError(NOT_FINITE)
+    return largest
 
 
 def require_finite(numbers: Floats) -> Floats:

@@ -260,23 +260,32 @@ class Engine:
         for begin in range(0, len(tokens), PREFILL_TOKENS):
             part = tokens[begin : begin + PREFILL_TOKENS]
             hidden = self._decoder.forward([part], [len(part) - 1], cache=cache)
+        is_greedy = sampling.temperature == 0
+        count = min(1 if is_greedy else sampling.top_k, self.config.vocab_size)  # 0: every logit
+        largest = self._decoder.top(hidden, count) if count else []
         for number in range(max_new_tokens):
-            token = choose_token(*self._candidates(hidden, sampling), sampling, generator)
+            if is_greedy:
+                token = largest[0][0]
+            elif count:
+                columns = zip(*largest, strict=True)
+                token = choose_token(np.array(next(columns), np.int64), np.array(next(columns)), sampling, generator)
+            else:
+                token = choose_token(*self._in_order(hidden), sampling, generator)
             if token in eos_token_ids:
                 return
             yield token
-            if number + 1 < max_new_tokens:
+            if number + 1 == max_new_tokens:
+                return
+            if count:
+                largest = self._decoder.step(token, cache, count)
+            else:
                 hidden = self._decoder.forward([np.array([token], np.int32)], [0], cache=cache)
 
-    def _candidates(self, hidden: Floats, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Tokens and logits that sampling chooses from, largest first; of equals the lowest token first."""
-        count = 1 if sampling.temperature == 0 else sampling.top_k
-        if count:
-            tokens, logits = zip(*self._decoder.top(hidden, min(count, self.config.vocab_size)), strict=True)
-            return np.array(tokens, np.int64), np.array(logits, np.float64)
-        every = self._decoder.logits(hidden)[0].astype(np.float64)
-        order = np.argsort(-every, kind="stable")
-        return order, every[order]
+    def _in_order(self, hidden: Floats) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Every token and its logit, largest first; of equals the lowest token first."""
+        logits = self._decoder.logits(hidden)[0].astype(np.float64)
+        order = np.argsort(-logits, kind="stable")
+        return order, logits[order]
 
     def _checked(self, ids: Sequence[int], what: str, *, is_text: bool = True) -> Ids:
         tokens = np.asarray(ids)

@@ -15,6 +15,7 @@ UINT8, FLOAT32 = np.dtype(np.uint8), np.dtype("<f4")
 
 # by encoding, the end of the names of the codes' tensors; base 3 is three weights in five bits
 CODES: dict[Encoding, str] = {"2bit": "w_packed", "base3": "w_base3"}
+SEARCHED = ("scan", "next")  # of an output head, what finds its largest logits
 ROW_NUMBERS = ("row_scale", "row_norm", "scan_error", "next_error")  # of an embedding, one a row
 COLUMN_NUMBERS = ("column_scale", "mean")  # one a column
 Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]

@@ -206,6 +206,28 @@ void check_rotate(Checker& checker, int head_dim) {
   }
 }
 
+void check_bounds(Checker& checker, bool beyond_float) {
+  Guarded<int32_t> sums(kPanelRows);
+  Guarded<float> scale(kPanelRows), error(kPanelRows), norm(kPanelRows), values(kPanelRows), bounds(kPanelRows);
+  const ScanQuery query{random_int(-1 << 24, 1 << 24), 0.01f, 3.0f, 0.2f};
+  for (int r = 0; r < kPanelRows; ++r) sums[r] = int32_t(random_bits()) >> random_int(5, 20);
+  for (Guarded<float>* numbers : {&scale, &error, &norm}) fill(*numbers, 1e-3f, 50.0f);
+  if (beyond_float) scale[3] = 3e38f;  // an infinite value, of one sign or the other
+  const float least = beyond_float ? INFINITY : 0.0f;
+  const uint32_t mask = checker.kernels.bound_rows(sums, scale, error, norm, query, least, values, bounds);
+  for (int r = 0; r < kPanelRows; ++r) {
+    const double value = 0.01f * (16.0 * sums[r] + query.middle) * scale[r];
+    const double more = double(scale[r]) * (3.0 * error[r] + double(0.2f) * norm[r]);
+    checker.check((mask >> r & 1) == (bounds[r] >= least), "row %d: mask %x, bound %g", r, mask, bounds[r]);
+    if (beyond_float && r == 3) {
+      checker.check(bounds[r] == INFINITY, "row %d: bound %g", r, bounds[r]);
+      continue;
+    }
+    checker.near(values[r], value, 3e-7 * std::fabs(value), "value", r, 0);
+    checker.near(bounds[r], value + more, 5e-7 * (std::fabs(value) + more), "bound", r, 0);
+  }
+}
+
 void check_dot(Checker& checker, int n) {
   Guarded<float> x(n);
   Guarded<int8_t> w_int8(n);
@@ -243,6 +265,7 @@ void check_floats(Checker& checker) {
   for (int head_dim : {2, 4, 6, 16, 22, 80, 128, 256}) check_rotate(checker, head_dim);
   checker.function = "dot";
   for (int n = 32; n <= 1024; n += 32) check_dot(checker, n);
+  for (int repeat = 0; repeat < 20; ++repeat) check_bounds(checker, repeat % 2 == 1);
   check_attention(checker);
 }
 

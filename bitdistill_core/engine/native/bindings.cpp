@@ -115,16 +115,21 @@ auto by_name(double (*measure)(const Kernels&, Sizes...)) {
   return [measure](const std::string& kernel, Sizes... sizes) { return measure(kernels_named(kernel), sizes...); };
 }
 
+using Largest = std::vector<std::pair<int, float>>;
+
 // A model and the arrays its pointers point into.
 class PackedModel {
  public:
   PackedModel(const nb::dict& config, const nb::list& layers, const nb::object& final_norm, const nb::dict& embedding,
-              const nb::dict& head, const Array<uint8_t, 3>& head_scan, const std::string& kernel, int num_threads) {
+              const nb::dict& head, const Array<uint8_t, 3>& head_scan, const Array<uint8_t, 3>& head_next,
+              const std::string& kernel, int num_threads) {
     std::vector<Layer> list;
     arrays_.push_back(nb::cast(head_scan));
+    arrays_.push_back(nb::cast(head_next));
     for (const nb::handle item : layers) list.push_back(read_layer(nb::cast<nb::dict>(item)));
     model_ = std::make_unique<Model>(read_config(config), std::move(list), floats(final_norm), read_rows_of(embedding),
-                                     read_rows_of(head), head_scan.data(), kernels_named(kernel), num_threads);
+                                     read_rows_of(head), head_scan.data(), head_next.data(), kernels_named(kernel),
+                                     num_threads);
   }
 
   std::unique_ptr<KeyValueCache> new_cache(int capacity, bool half) const {
@@ -167,19 +172,33 @@ class PackedModel {
     return logits;
   }
 
-  std::pair<std::vector<std::pair<int, float>>, std::pair<int, int>> top(const Array<const float, 2>& hidden,
-                                                                         int count) {
+  // The largest (token, logit) of a hidden state, and the statistics of the search.
+  std::pair<Largest, std::pair<int, int>> top(const Array<const float, 2>& hidden, int count) {
     const float* from = hidden.data();
-    std::vector<std::pair<int, float>> result;
     HeadStatistics statistics;
     const nb::gil_scoped_release released;
-    for (const Candidate& candidate : model_->top(from, count, &statistics)) {
-      result.emplace_back(candidate.id, candidate.logit);
-    }
-    return {result, {statistics.refined, statistics.exact}};
+    Largest largest = largest_of(from, count, &statistics);
+    return {std::move(largest), {statistics.refined, statistics.exact}};
+  }
+
+  // The largest (token, logit) behind one more token of a sequence.
+  Largest step(int token, KeyValueCache& cache, int count) {
+    const int32_t id = token;
+    const nb::gil_scoped_release released;
+    std::vector<float> hidden(model_->hidden_stride);
+    model_->forward({{&id, 1, cache.length, -1}}, {0}, &cache, hidden.data());
+    return largest_of(hidden.data(), count, nullptr);
   }
 
  private:
+  Largest largest_of(const float* hidden, int count, HeadStatistics* statistics) {
+    Largest largest;
+    for (const Candidate& candidate : model_->top(hidden, count, statistics)) {
+      largest.emplace_back(candidate.id, candidate.logit);
+    }
+    return largest;
+  }
+
   const float* floats(const nb::object& array) {
     if (array.is_none()) return nullptr;
     arrays_.push_back(array);
@@ -291,17 +310,19 @@ NB_MODULE(_native, module) {
       .def_prop_ro("num_bytes", &KeyValueCache::bytes);
   nb::class_<PackedModel>(module, "Model")
       .def(nb::init<const nb::dict&, const nb::list&, const nb::object&, const nb::dict&, const nb::dict&,
-                    const Array<uint8_t, 3>&, const std::string&, int>(),
+                    const Array<uint8_t, 3>&, const Array<uint8_t, 3>&, const std::string&, int>(),
            nb::arg("config"), nb::arg("layers"), nb::arg("final_norm"), nb::arg("embedding"), nb::arg("head"),
-           nb::arg("head_scan").noconvert(),
-           nb::arg("kernel"), nb::arg("num_threads"))
+           nb::arg("head_scan").noconvert(), nb::arg("head_next").noconvert(), nb::arg("kernel"),
+           nb::arg("num_threads"))
       .def("new_cache", &PackedModel::new_cache, nb::arg("capacity"), nb::arg("half"))
       .def("forward", &PackedModel::forward, nb::arg("ids"), nb::arg("parents"), nb::arg("outputs"),
            nb::arg("cache").none(), "Final hidden states (outputs, padded hidden size) of tokens in the batch.")
       .def("row_logits", &PackedModel::row_logits, nb::arg("hidden"), nb::arg("rows"))
       .def("logits", &PackedModel::logits, nb::arg("hidden"))
       .def("top", &PackedModel::top, nb::arg("hidden"), nb::arg("count"),
-           "The largest (token, logit), and of how many rows it took the sixth bit, and the whole row in float32.");
+           "The largest (token, logit), and of how many rows it took the sixth bit, and the whole row in float32.")
+      .def("step", &PackedModel::step, nb::arg("token"), nb::arg("cache"), nb::arg("count"),
+           "The largest (token, logit) behind one more token of the sequence in the cache.");
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   module.def("measure_multiply_add_ceiling", &measure_multiply_add_ceiling, nb::arg("num_threads"), nb::arg("seconds"),
              released);

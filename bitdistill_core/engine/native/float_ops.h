@@ -218,6 +218,35 @@ int32_t next_dot(const uint8_t* next, int num_groups, const int8_t* x) {
   return total;
 }
 
+uint32_t bound_rows(const int32_t* sums, const float* row_scale, const float* scan_error, const float* row_norm,
+                    const ScanQuery& query, float least, float* values, float* bounds) {
+  typedef uint32_t Uint32x8 __attribute__((vector_size(32)));
+  const uint32_t middle = uint32_t(query.middle);  // the sum of the two fits int32, each alone may not
+  const Float8 infinity = all8(__builtin_inff());
+  uint32_t mask = 0;
+#pragma GCC unroll 2
+  for (int half = 0; half < kPanelRows; half += 8) {
+    Uint32x8 integers;
+    __builtin_memcpy(&integers, sums + half, sizeof integers);
+    integers = integers * 16 + Uint32x8{middle, middle, middle, middle, middle, middle, middle, middle};
+    const Float8 scale = load8(row_scale + half);
+    const Float8 value = all8(query.half_scale) * __builtin_convertvector((Int32x8)integers, Float8) * scale;
+    const Float8 error = all8(query.per_error) * load8(scan_error + half);
+    Float8 bound = value + scale * (error + all8(query.per_row_norm) * load8(row_norm + half));
+    const Int32x8 is_known = (value - value == all8(0)) & (bound == bound);  // both are numbers, the first a finite one
+    bound = is_known ? bound : infinity;
+    store8(values + half, value);
+    store8(bounds + half, bound);
+    const Int32x8 is_kept = bound >= all8(least);
+#ifdef __AVX2__
+    mask |= uint32_t(_mm256_movemask_ps((__m256)is_kept)) << half;
+#else
+    for (int r = 0; r < 8; ++r) mask |= uint32_t(is_kept[r] & 1) << (half + r);
+#endif
+  }
+  return mask;
+}
+
 BITDISTILL_INLINE Float8 load_bytes_as_floats(const int8_t* bytes) {
 #ifdef __AVX2__
   return (Float8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
@@ -242,6 +271,6 @@ float dot(const float* x, const int8_t* w_int8, int n) {
 
 // The entries of a Kernels table that this file fills.
 #define BITDISTILL_FLOAT_OPS                                                                                   \
-  .finish = finish, .rms_norm = rms_norm, .quantize = quantize, .gate_multiply = gate_multiply, .rotate = rotate, \
-  .store_key_value = store_key_value, .attend = attend, .decode_row = decode_row, \
-  .next_dot = next_dot, .dot = dot
+  .bound_rows = bound_rows, .finish = finish, .rms_norm = rms_norm, .quantize = quantize,                      \
+  .gate_multiply = gate_multiply, .rotate = rotate, .store_key_value = store_key_value, .attend = attend,       \
+  .decode_row = decode_row, .next_dot = next_dot, .dot = dot

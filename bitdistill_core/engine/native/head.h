@@ -1,4 +1,5 @@
-// INT8 rows of the vocabulary: embedding lookup, and the output head that reads as little of them as it can.
+// INT8 rows of the vocabulary: embedding lookup (head.cpp), and the output head that reads as little of them as it can
+// (search.cpp).
 #pragma once
 
 #include <vector>
@@ -8,8 +9,8 @@
 namespace bitdistill {
 
 // Row v ~ mean + column_scale * row_scale[v] * w_int8[v], in the layouts of panels.py; u = w_int8 + 128. Arrays of rows
-// are mapped memory, but for the copy of `scan` that an output head reads. `rest`, and single rows with their scale,
-// are read from the file, so that they never count as memory of the process.
+// are mapped memory, but for the copies of `scan` and `next` that an output head reads. `rest`, and single rows with
+// their scale, are read from the file, so that they never count as memory of the process.
 struct Int8Rows {
   const uint8_t* scan = nullptr;
   const uint8_t* next = nullptr;
@@ -31,6 +32,14 @@ struct Int8Rows {
   std::size_t rest_bytes() const { return std::size_t(num_groups()) * kRestGroupBytes; }
 };
 
+// x . row = row_scale * (x . w_int8) + shared, with the column scales in the x of the right side.
+struct Query {
+  std::vector<float> x;  // (padded_size)
+  float shared;          // what the mean adds to every logit
+
+  Query(const Int8Rows& rows, const float* hidden);
+};
+
 struct Candidate {
   float logit;
   int id;
@@ -45,8 +54,13 @@ struct HeadStatistics {
 // w_int8 (num_ids, padded_size) and row_scale (num_ids) of some rows, from the file.
 void read_rows(const Kernels& kernels, const Int8Rows& rows, const std::vector<int>& ids, int8_t* w_int8, float* scale);
 
-// The whole of `scan`, read from the file.
-void copy_scan(Team& team, const Int8Rows& rows, uint8_t* copy);
+// Row v of `rest`, from the file; false where that cannot be read any more.
+bool read_rest(const Int8Rows& rows, int v, uint8_t* rest);
+// Throws std::invalid_argument where a file could not be read.
+void require_read(bool is_read);
+
+// The whole of `scan` and `next`, read from the file.
+void copy_streamed(Team& team, const Int8Rows& rows, uint8_t* scan, uint8_t* next);
 
 // logits[i] = x . row of the rows `ids`.
 void row_logits(const Kernels& kernels, const Int8Rows& rows, const float* x, int num_x, std::size_t stride,

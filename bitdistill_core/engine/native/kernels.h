@@ -85,6 +85,14 @@ struct TableKernels {
 constexpr int kLookupHead = 64, kLookupBytes = 1024;
 inline std::size_t lookup_bytes(int num_groups) { return kLookupHead + std::size_t(num_groups) * kLookupBytes; }
 
+// Of a token, what the sums over a row of `scan` say of its logit, but for what the mean adds: the rest of the row and
+// of the token are off by no more than the last two say, times norms of the row.
+struct ScanQuery {
+  int32_t middle;    // added to 16 times a sum, gives twice the integer product
+  float half_scale;  // of that
+  float per_error, per_row_norm;
+};
+
 struct Kernels {
   const char* name;
   const char* needs;  // what the processor must have
@@ -114,6 +122,11 @@ struct Kernels {
 
   // sums[r] = sum over k of (u >> 3) * x[k] for one panel of `scan`.
   void (*scan_panel)(const uint8_t* scan, int num_groups, const int8_t* x, int32_t* sums);
+
+  // Of a panel's 16 rows by those sums: logits in `values`, and in `bounds` the most that they can be, infinity where
+  // float32 cannot tell. Returns bit r for every row whose bound is at least `least`.
+  uint32_t (*bound_rows)(const int32_t* sums, const float* row_scale, const float* scan_error, const float* row_norm,
+                         const ScanQuery& query, float least, float* values, float* bounds);
 
   // y[t][r] = (sums[t][r] - sum_x[t]) * (scale_x[t] * weight_scale[r]) + bias[r] for some tokens x 16 rows, token t at
   // y + t * stride; added to y instead where `add`. bias may be null.

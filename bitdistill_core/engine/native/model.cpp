@@ -20,7 +20,7 @@ constexpr int kKeptSlots = 8192;
 }  // namespace
 
 Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_norm, Int8Rows embedding, Int8Rows head,
-             uint8_t* head_scan, const Kernels& kernels, int num_threads)
+             uint8_t* head_scan, uint8_t* head_next, const Kernels& kernels, int num_threads)
     : config(std::move(config)),
       kernels(kernels),
       num_layers(int(layers.size())),
@@ -30,7 +30,8 @@ Model::Model(ModelConfig config, std::vector<Layer> layers, const float* final_n
       embedding_(embedding),
       head_(head),
       head_scan_(head_scan),
-      has_head_scan_(head_scan == head.scan),
+      head_next_(head_next),
+      has_head_copies_(head_scan == head.scan && head_next == head.next),
       team_(num_threads) {}
 
 Model::~Model() = default;
@@ -206,13 +207,14 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
 
 Int8Rows Model::head() {
   Int8Rows rows = head_;
-  if (!has_head_scan_.load(std::memory_order_acquire)) {
+  if (!has_head_copies_.load(std::memory_order_acquire)) {
     if (getpid() != owner_) return rows;
-    const std::lock_guard<std::mutex> lock(head_scan_mutex_);
-    if (!has_head_scan_.load(std::memory_order_relaxed)) copy_scan(team_, head_, head_scan_);
-    has_head_scan_.store(true, std::memory_order_release);
+    const std::lock_guard<std::mutex> lock(head_copies_mutex_);
+    if (!has_head_copies_.load(std::memory_order_relaxed)) copy_streamed(team_, head_, head_scan_, head_next_);
+    has_head_copies_.store(true, std::memory_order_release);
   }
   rows.scan = head_scan_;
+  rows.next = head_next_;
   return rows;
 }
 

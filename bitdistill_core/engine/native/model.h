@@ -52,7 +52,7 @@ class Model {
  public:
   // head_scan: memory for `scan` of the head, filled when it is first needed, or what `head` has.
   Model(ModelConfig config, std::vector<Layer> layers, const float* final_norm, Int8Rows embedding, Int8Rows head,
-        uint8_t* head_scan, const Kernels& kernels, int num_threads);
+        uint8_t* head_scan, uint8_t* head_next, const Kernels& kernels, int num_threads);
   ~Model();
 
   // Final hidden states, normed, of the tokens `outputs` (indices into the concatenated segments), (outputs, hidden).
@@ -89,7 +89,7 @@ class Model {
   bool is_single(const Batch& batch, const Tokens& tokens) const;
   KeyValueHead head_of(Workspace& workspace, const Batch& batch, int layer, int segment, int kv_head) const;
   void softcap(float* logits, std::size_t count) const;
-  // The head with its copy of `scan`; with the map where a forked child has none, as a thread may have been filling it.
+  // The head with its copies; with the map where a forked child has none, as a thread may have been filling them.
   Int8Rows head();
   // A forked child has workspaces of its own: another thread may have held the mutex when it was forked.
   bool keeps_workspaces() const { return getpid() == owner_; }
@@ -98,9 +98,9 @@ class Model {
   std::vector<Layer> layers_;
   const float* final_norm_;
   Int8Rows embedding_, head_;
-  uint8_t* const head_scan_;
-  std::atomic<bool> has_head_scan_;
-  std::mutex head_scan_mutex_;
+  uint8_t *const head_scan_, *const head_next_;  // copies in large pages
+  std::atomic<bool> has_head_copies_;
+  std::mutex head_copies_mutex_;
   Team team_;
   const pid_t owner_ = getpid();
   std::mutex idle_mutex_;
