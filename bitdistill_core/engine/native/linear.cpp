@@ -12,9 +12,8 @@ namespace {
 
 // Panels that gemm_pair takes.
 constexpr int kPairPanels = 2, kPairRows = kPairPanels * kPanelRows;
-// How many of `count` panels a thread takes at once, an even number: `most`, fewer where each thread has few.
-int piece_of(int count, int num_threads, int most) { return std::clamp(count / (4 * num_threads) / 2 * 2, 2, most); }
-constexpr int kPiecePanels = 4, kGatedPiecePanels = 16;  // the most
+// The most panels that a thread takes at once.
+constexpr int kPiecePanels = 4, kGatedPiecePanels = 8;
 
 // Up to kTileTokens tokens of kPairPanels neighbouring panels at most, to `out` (tokens, stride): integer_sums(block,
 // sums) gives the integers of a block, which are scaled and added up in float32, block after block.
@@ -320,8 +319,7 @@ void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Produc
   }
   int num_panels = 0;
   for (int i = 0; i < num_products; ++i) num_panels += products[i].linear->num_panels();
-  const int piece = piece_of(num_panels, team.num_threads(), kPiecePanels);
-  team.run_through(num_panels, piece, [&](int first, int last, int thread) {
+  team.run_through(num_panels, kPiecePanels, [&](int first, int last, int thread) {
     for (const Product* product = products; first < last; ++product) {
       const int own = product->linear->num_panels();
       if (first < own) multiply_panels(kernels, scratch[thread], *product, first, std::min(own, last));
@@ -366,8 +364,7 @@ void multiply_gated(Team& team, const Kernels& kernels, Scratch* scratch, const 
   if (gate.x->for_tables()) return multiply_gated_by_tables(team, kernels, scratch, gate, up, activation);
   const int num_tokens = gate.x->num_tokens;
   const int num_panels = gate.linear->num_panels();
-  const int piece = piece_of(num_panels, team.num_threads(), kGatedPiecePanels);
-  team.run_through(num_panels, piece, [&](int begin, int end, int thread) {
+  team.run_through(num_panels, kGatedPiecePanels, [&](int begin, int end, int thread) {
     float* const up_tile = scratch[thread].up.get(kTileTokens * kPairRows);
     const auto finish = [&](int panel, int num_panels, int first, int tokens) {
       for (int t = 0; t < tokens; ++t) {

@@ -38,11 +38,11 @@ class Team {
     run(num_items, [](void* context, int item, int thread) { (*static_cast<Work*>(context))(item, thread); }, &work);
   }
 
-  // Calls work(begin, end, thread) for pieces of [0, count), of `piece` or fewer. Every thread goes through a run of
-  // its own from the front, one stream of memory, then through those that nobody has begun, and then takes from the
-  // ends of others: none waits long for another.
+  // Calls work(begin, end, thread) for pieces of [0, count), of `most` or fewer, all but the last even. Every thread
+  // goes through a run of its own from the front, one stream of memory, then through those that nobody has begun, and
+  // then takes from the ends of others. A piece is at most half of what is left of a run, so none waits long for another.
   template <class Work>
-  void run_through(int count, int piece, Work&& work);
+  void run_through(int count, int most, Work&& work);
 
  private:
   using Function = void (*)(void* context, int item, int thread);
@@ -71,7 +71,7 @@ class Team {
 };
 
 template <class Work>
-void Team::run_through(int count, int piece, Work&& work) {
+void Team::run_through(int count, int most, Work&& work) {
   struct alignas(64) Run {
     std::atomic<uint64_t> left;  // begin in the upper half, end in the lower
     std::atomic<bool> has_owner{false};
@@ -80,7 +80,7 @@ void Team::run_through(int count, int piece, Work&& work) {
   const int num_runs = num_threads();
   std::vector<Run> runs(num_runs);
   for (int i = 0; i < num_runs; ++i) {
-    const auto bound = [&](int run) { return int64_t(count) * run / num_runs / piece * piece; };
+    const auto bound = [&](int run) { return int64_t(count) * run / num_runs / 2 * 2; };
     runs[i].left.store(pack(bound(i), i + 1 < num_runs ? bound(i + 1) : count), std::memory_order_relaxed);
   }
   run(num_runs, [&](int own, int thread) {
@@ -90,6 +90,7 @@ void Team::run_through(int count, int piece, Work&& work) {
       for (uint64_t now = left.load(std::memory_order_relaxed);;) {
         const int begin = int(now >> 32), end = int(now & UINT32_MAX);
         if (begin >= end) break;
+        const int piece = std::clamp((end - begin) / 4 * 2, 2, most);
         const int first = is_owner ? begin : std::max(begin, (end - 1) / piece * piece);
         const int last = is_owner ? std::min(end, begin + piece) : end;
         const uint64_t then = is_owner ? pack(last, end) : pack(begin, first);
