@@ -40,6 +40,7 @@ RESULT: dict[str, Any] = {
             "decode_tokens_per_second": [90.0, 100.0, 80.0],
             "classify_b32_tokens_per_second": [500.0, 510.0, 490.0],
             "load_to_first_token_seconds": [0.29, 0.31, 0.2],
+            "unwarmed_load_to_first_token_seconds": [0.5, 0.31, 0.4],
             "process_start_to_first_token_seconds": [0.6, 0.5, 0.7],
             "generate_added_rss_mib": [228.0, 227.0, 229.0],
             "classify_added_rss_mib": [102.4, 102.4, 102.4],
@@ -84,7 +85,9 @@ def page() -> str:
 def test_medians_over_rounds_are_those_of_the_benchmark() -> None:
     found = {key: statistics.median(values) for key, values in report.by_round(RESULT).items()}
     expected = engine.ratios(RESULT["figures"], RESULT["num_parameters"])
-    assert found == pytest.approx(expected | {"load_to_first_token_seconds": 0.29})
+    assert found == pytest.approx(
+        expected | {"load_to_first_token_seconds": 0.29, "unwarmed_load_to_first_token_seconds": 0.4}
+    )
 
 
 def test_a_ratio_has_its_median_spread_goal_and_verdict(page: str) -> None:

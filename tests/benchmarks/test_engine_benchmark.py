@@ -33,6 +33,7 @@ ENGINE_METRICS = {
     "decode_tokens_per_second",
     "classify_b32_tokens_per_second",
     "load_to_first_token_seconds",
+    "unwarmed_load_to_first_token_seconds",
     "process_start_to_first_token_seconds",
     "generate_added_rss_mib",
     "classify_added_rss_mib",
