@@ -65,6 +65,20 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     )
 
 
+def test_a_report_has_the_means_of_its_steps_and_the_last_gradient_norm(tmp_path: Path) -> None:
+    every: list[tuple[int, dict[str, float]]] = []
+    some: list[tuple[int, dict[str, float]]] = []
+    fit(tmp_path / "every", log=every)
+    fit(tmp_path / "some", log=some, report_every=5)
+    assert [step for step, _ in some] == [5, 10, 12]
+    for (step, metrics), first in zip(some, (0, 5, 10), strict=True):
+        own = [found for _, found in every[first:step]]
+        for part in ("toy/loss", "toy/task_loss"):
+            assert metrics[part] == pytest.approx(sum(found[part] for found in own) / len(own))
+        assert metrics["toy/grad_norm"] == own[-1]["toy/grad_norm"]
+        assert metrics["toy/learning_rate"] == own[-1]["toy/learning_rate"]
+
+
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole")
 
