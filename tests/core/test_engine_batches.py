@@ -179,6 +179,19 @@ def test_a_row_that_gains_all_that_a_bound_allows_is_found(tmp_path: Path, part:
     assert Engine.load(tmp_path / "smaller")._decoder.top(hidden, 1)[0][0] < 30  # a bound that is too small loses it
 
 
+def test_a_row_that_the_first_scan_leaves_out_is_found(tmp_path: Path) -> None:
+    # By its upper bits row 0 has 512, and all its lower ones are against x: 288. Row 45 has 384, and little that its
+    # upper bits leave open: it cannot reach what row 0 promises.
+    sign = np.tile([1, -1], 32)
+    rows = np.zeros((60, 64), np.int8)
+    rows[0] = np.where(sign > 0, 8, -1)
+    rows[45] = np.where(sign > 0, np.where(np.arange(64) < 32, 11, 3), -5)
+    engine = head_of(tmp_path / "m", rows, np.ones(60))
+    logits = engine._decoder.logits(sign[None].astype(np.float32))[0]
+    assert logits[[0, 45]].tolist() == [288, 384]
+    assert engine._decoder.top(sign[None].astype(np.float32), 1) == [(45, 384.0)]
+
+
 def test_half_precision_keys_and_values_stay_close(tmp_path: Path) -> None:
     model = write_reference(tmp_path / "m", "qwen3")
     engine = Engine.load(tmp_path / "m", num_threads=1)
