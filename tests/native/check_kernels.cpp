@@ -265,6 +265,7 @@ void check_floats(Checker& checker) {
   for (int head_dim : {2, 4, 6, 16, 22, 80, 128, 256}) check_rotate(checker, head_dim);
   checker.function = "dot";
   for (int n = 32; n <= 1024; n += 32) check_dot(checker, n);
+  checker.function = "bound_rows";
   for (int repeat = 0; repeat < 20; ++repeat) check_bounds(checker, repeat % 2 == 1);
   check_attention(checker);
 }

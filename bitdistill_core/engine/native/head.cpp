@@ -3,8 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
-#include <cmath>
 #include <stdexcept>
 
 namespace bitdistill {

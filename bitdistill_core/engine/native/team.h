@@ -40,7 +40,7 @@ class Team {
 
   // Calls work(begin, end, thread) for pieces of [0, count), of `most` or fewer, all but the last even. Every thread
   // goes through a run of its own from the front, one stream of memory, then through those that nobody has begun, and
-  // then takes from the ends of others. A piece is at most half of what is left of a run: none waits long for another.
+  // then takes from the ends of others. A piece is two, or at most half of what is left of a run: none waits long.
   template <class Work>
   void run_through(int count, int most, Work&& work);
 
