@@ -1,4 +1,4 @@
-// Checks of store_key_value and attend.
+// Checks of store_keys_values and attend.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ void check_halves(Checker& checker) {
       const float four[4] = {float(low), middle, std::nextafterf(middle, 1e9f), std::nextafterf(middle, -1e9f)};
       std::copy_n(four, 4, values + 4 * i);
     }
-    checker.kernels.store_key_value(head, zeros, values, 0, head_dim, head_dim);
+    checker.kernels.store_keys_values(head, zeros, values, head_dim, 0, 1, head_dim, head_dim);
     checker.kernels.attend(&tile, 1);
     for (int i = 0; i < head_dim; ++i) {
       const double expected = std::isnan(values[i]) ? values[i] : round_to_half(values[i]);
@@ -62,16 +62,32 @@ struct Cache {
         head{key_bytes.data, value_bytes.data, half} {
     std::memset(key_bytes, 0xff, key_bytes.size);
     std::memset(value_bytes, 0xff, value_bytes.size);
-    Guarded<float> key(head_dim), value(head_dim);
-    for (int position = 0; position < length; ++position) {
+    for (int position = 0, count; position < length; position += count) {  // in runs of any length
+      count = std::min(length - position, random_int(1, 40));
+      const std::size_t stride = head_dim + random_int(0, 3), size = (count - 1) * stride + head_dim;
+      Guarded<float> key(size), value(size);
       fill(key, -2.0f, 2.0f);
       fill(value, -2.0f, 2.0f);
-      kernels.store_key_value(head, key, value, position, head_dim, value_stride);
-      for (int i = 0; i < head_dim; ++i) {
-        keys.push_back(half ? round_to_half(key[i]) : key[i]);
-        values.push_back(half ? round_to_half(value[i]) : value[i]);
+      kernels.store_keys_values(head, key, value, stride, position, count, head_dim, value_stride);
+      for (int t = 0; t < count; ++t) {
+        for (int i = 0; i < head_dim; ++i) {
+          keys.push_back(half ? round_to_half(key[t * stride + i]) : key[t * stride + i]);
+          values.push_back(half ? round_to_half(value[t * stride + i]) : value[t * stride + i]);
+        }
       }
     }
+  }
+
+  // What lies at an element of the keys' or the values' memory.
+  double stored(const uint8_t* bytes, std::size_t index) const {
+    if (head.half) {
+      uint16_t bits;
+      std::memcpy(&bits, bytes + sizeof bits * index, sizeof bits);
+      return half_value(bits);
+    }
+    float value;
+    std::memcpy(&value, bytes + sizeof value * index, sizeof value);
+    return value;
   }
 
   int capacity;
@@ -79,6 +95,24 @@ struct Cache {
   KeyValueHead head;
   std::vector<double> keys, values;  // [position][head_dim]
 };
+
+// Every key and value where it belongs, and nothing behind the last.
+void check_stored(Checker& checker, int length, int head_dim, bool half) {
+  const int value_stride = (head_dim + 15) / 16 * 16;
+  const Cache cache(checker.kernels, length, head_dim, value_stride, half);
+  for (int position = 0; position < cache.capacity; ++position) {
+    for (int i = 0; i < head_dim; ++i) {
+      const std::size_t block = std::size_t(position / kKeyBlock) * head_dim;
+      const double key = cache.stored(cache.key_bytes.data, (block + i) * kKeyBlock + position % kKeyBlock);
+      const std::size_t index = std::size_t(position) * head_dim + i;
+      const bool is_right = position < length ? key == cache.keys[index] : std::isnan(key);
+      checker.check(is_right, "key %d of position %d of %d is %.9g", i, position, length, key);
+      if (position >= length) continue;
+      const double value = cache.stored(cache.value_bytes.data, std::size_t(position) * value_stride + i);
+      checker.check(value == cache.values[index], "value %d of position %d is %.9g", i, position, value);
+    }
+  }
+}
 
 void check_row(Checker& checker, const Cache& cache, const AttentionTile& tile, int row) {
   const int d = tile.head_dim, first = tile.first[row], last = tile.last[row];
@@ -188,8 +222,13 @@ void check_tiles(Checker& checker, int head_dim, bool half, int length, bool is_
 }
 
 void check_attention(Checker& checker) {
-  checker.function = "store_key_value";
+  checker.function = "store_keys_values";
   check_halves(checker);
+  for (int head_dim : {4, 16, 20, 128}) {
+    for (int length : {1, 8, 15, 50, 130}) {
+      for (const bool half : {false, true}) check_stored(checker, length, head_dim, half);
+    }
+  }
   checker.function = "attend";
   for (int head_dim : {4, 16, 80, 128, 256}) {
     for (int length : {1, 2, 15, 16, 17, 33, 100, 257}) {

@@ -98,6 +98,12 @@ void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
   scalar_kernels()->unpack_panel(panel.data + group_bytes, num_rest, rest_codes);
   Guarded<int8_t> x_tile(std::size_t(k) * kTableTokens, num_lines % 2);
   fill_activations(x_tile, k * kTableTokens, pattern);
+  Guarded<int8_t> rows(x_tile.size, num_lines % 2), placed(x_tile.size);
+  for (int t = 0; t < kTableTokens; ++t) {
+    for (int i = 0; i < k; ++i) rows[t * k + i] = x_tile[(i / 4 * kTableTokens + t) * 4 + i % 4];
+  }
+  tables.place(rows, steps, placed);
+  checker.same(placed.data, x_tile.data, x_tile.size, "tile of rows", num_lines, pattern);
   const std::size_t last_names = std::size_t(last_steps + 2) / 3 * 4 * kPanelRows;
   Guarded<uint8_t> names(std::size_t(num_blocks - 1) * 2 * kBlockNames + last_names);  // as if there were two panels
   tables.name_triples(panel, num_groups, num_rest, names, 2 * kBlockNames);

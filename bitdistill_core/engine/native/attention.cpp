@@ -18,15 +18,6 @@ void rotate_heads(const Kernels& kernels, const ModelConfig& config, const float
   }
 }
 
-// Work on tokens [first, last); few are done sooner than they are handed out.
-template <class Work>
-void for_tokens(Team& team, int count, Work&& work) {
-  if (count <= kStreamTokens) return work(0, count);
-  constexpr int kTokens = 16;
-  team.run((count + kTokens - 1) / kTokens,
-           [&](int item, int) { work(item * kTokens, std::min(count, (item + 1) * kTokens)); });
-}
-
 // Rows of attention that a thread takes at once, and how many scores of them it keeps, unless one tile has more.
 constexpr int kShareRows = 2 * kMostTiles * kTileTokens, kMostScores = 32768;
 
@@ -45,8 +36,8 @@ bool Model::is_single(const Batch& batch, const Tokens& tokens) const {
 void Model::store_keys_and_values(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens) {
   const Layer& layer = layers_[layer_index];
   const int d = config.head_dim, kv_heads = config.num_key_value_heads;
-  const std::size_t stride = round_up(layer.k.n, kPanelRows);
-  float* const keys = space.rows.data() + tokens.count * std::size_t(round_up(layer.q.n, kPanelRows));
+  const std::size_t stride = row_stride(layer.k.n);
+  float* const keys = space.rows.data() + tokens.count * row_stride(layer.q.n);
   const float* const values = keys + tokens.count * stride;
   for_tokens(team_, tokens.count, [&](int first, int last) {
     for (int t = first; t < last; ++t) {
@@ -55,10 +46,12 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
                    space.sin[layer.rope].data() + angle, kv_heads, keys + t * stride);
     }
     for (int head = 0; head < kv_heads; ++head) {  // one after the other: neighbouring positions share their lines
-      for (int t = first; t < last; ++t) {
+      for (int t = first, end; t < last; t = end) {  // a segment's tokens
+        const int segment = tokens.segment_of[t];
+        for (end = t + 1; end < last && tokens.segment_of[end] == segment;) ++end;
         const std::size_t at = t * stride + head * d;
-        kernels.store_key_value(head_of(space, batch, layer_index, tokens.segment_of[t], head), keys + at, values + at,
-                                tokens.position_of[t], d, config.value_stride());
+        kernels.store_keys_values(head_of(space, batch, layer_index, segment, head), keys + at, values + at, stride,
+                                  tokens.position_of[t], end - t, d, config.value_stride());
       }
     }
   });
@@ -77,7 +70,7 @@ void Model::store_keys_and_values(Workspace& space, const Batch& batch, int laye
 void Model::attend(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens) {
   const Layer& layer = layers_[layer_index];
   const int d = config.head_dim, kv_heads = config.num_key_value_heads, group = config.num_heads / kv_heads;
-  const std::size_t stride = round_up(layer.q.n, kPanelRows);
+  const std::size_t stride = row_stride(layer.q.n);
   float* const q = space.rows.data();
   const auto rotate = [&](int t, const float* norm, int heads, float* row) {
     const std::size_t angle = std::size_t(tokens.position_of[t] - space.first_position) * (d / 2);
@@ -111,7 +104,7 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     t = end;
   }
   const int scores_stride = round_up(longest, kKeyBlock) + kKeyBlock;  // no power of two, whose rows share cache lines
-  const std::size_t tile_scores = std::size_t(kTileTokens) * scores_stride, tile_rows = std::size_t(kTileTokens) * d;
+  const std::size_t tile_scores = std::size_t(kTileTokens) * scores_stride;
   const int num_tiles = int(std::clamp<std::size_t>(kMostScores / tile_scores, 1, kMostTiles));  // at once
   team_.run(int(shares.size()), [&](int item, int thread) {
     const Share& share = shares[item];
@@ -121,17 +114,16 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     all.scale = config.attention_scale;
     all.head = head_of(space, batch, layer_index, share.segment, share.kv_head);
     if (single) {  // one token of a generation: a step less if each head prepares itself
-      const std::size_t kv_stride = round_up(layer.k.n, kPanelRows);
+      const std::size_t kv_stride = row_stride(layer.k.n);
       const int last = tokens.position_of[0] + 1;
       prefetch_head(all.head, layer.window > 0 ? std::max(0, last - layer.window) : 0, last, d);
       float* const key = q + stride + share.kv_head * d;
       rotate(0, layer.norms.key, 1, key);
-      kernels.store_key_value(all.head, key, key + kv_stride, tokens.position_of[0], d, config.value_stride());
+      kernels.store_keys_values(all.head, key, key + kv_stride, 0, tokens.position_of[0], 1, d, config.value_stride());
       rotate(0, layer.norms.query, group, q + share.kv_head * group * d);
     }
     all.scores_stride = scores_stride;
-    float* const rows = space.scratch[thread].attention.get(num_tiles * (tile_rows + tile_scores));
-    float* const scores = rows + num_tiles * tile_rows;
+    float* const scores = space.scratch[thread].scores.get(num_tiles * tile_scores);
     const int num_rows = share.num_tokens * group;
     const int last_row = std::min(num_rows, share.first_row + kShareRows);
     const auto query_of = [&](int row) {
@@ -139,8 +131,6 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
     };
     for (int begin = share.first_row, end; begin < last_row; begin = end) {
       end = std::min(last_row, begin + num_tiles * kTileTokens);
-      // Queries and outputs lie together here: where they come from, many share a few sets of the cache.
-      for (int row = begin; row < end; ++row) std::memcpy(rows + (row - begin) * d, query_of(row), sizeof(float) * d);
       AttentionTile tiles[kMostTiles];
       int count = 0;
       for (int row = begin; row < end; row += kTileTokens, ++count) {
@@ -149,13 +139,12 @@ void Model::attend(Workspace& space, const Batch& batch, int layer_index, const 
         tile.rows = std::min(kTileTokens, end - row);
         for (int r = 0; r < tile.rows; ++r) {
           const int position = tokens.position_of[share.first_token + (row + r) / group];
-          tile.query[r] = tile.out[r] = rows + (row + r - begin) * d;
+          tile.query[r] = tile.out[r] = query_of(row + r);
           tile.first[r] = layer.window > 0 ? std::max(0, position + 1 - layer.window) : 0;
           tile.last[r] = position + 1;
         }
       }
       kernels.attend(tiles, count);
-      for (int row = begin; row < end; ++row) std::memcpy(query_of(row), rows + (row - begin) * d, sizeof(float) * d);
     }
   });
 }

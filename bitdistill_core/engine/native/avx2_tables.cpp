@@ -167,39 +167,56 @@ void flush_partial(int16_t* partial, int32_t* sums) {
   }
 }
 
-// Slots to rows, and [16 rows][16 tokens] to [16 tokens][16 rows], in blocks of 8 x 8.
+// Slots to rows, and [16 rows][16 tokens] to [16 tokens][16 rows].
 void transpose_sums(const int32_t* sums, int32_t* out) {
   for (int rows = 0; rows < 2; ++rows) {
     for (int tokens = 0; tokens < 2; ++tokens) {
-      __m256i a[8], b[8];
+      Float8 a[8];  // bits
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) a[i] = load_bytes(sums + (i % 4 + i / 4 * 8 + rows * 4) * kTableTokens + 8 * tokens);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+      for (int i = 0; i < 8; ++i) {
+        const int slot = i % 4 + i / 4 * 8 + rows * 4;
+        a[i] = (Float8)load_bytes(sums + slot * kTableTokens + 8 * tokens);
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          a[4 * i + 2 * j] = _mm256_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-          a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      transpose8(a);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
         int32_t* const to = out + (8 * tokens + i) * kPanelRows + 8 * rows;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
-        const __m256i fifth = _mm256_permute2x128_si256(a[i], a[4 + i], 0x31);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * kPanelRows), fifth);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)a[i]);
       }
+    }
+  }
+}
+
+// Eight tokens' dwords of STEPS steps, 4 or 8, to half a line a step.
+template <int STEPS>
+BITDISTILL_INLINE void place_half(const int8_t* rows, std::size_t stride, int8_t* x_tile) {
+  Float8 a[8];  // bits
+#pragma GCC unroll 8
+  for (int t = 0; t < 8; ++t, rows += stride) {
+    const __m128i* const four = reinterpret_cast<const __m128i*>(rows);
+    a[t] = (Float8)(STEPS == 8 ? load_bytes(rows) : _mm256_castsi128_si256(_mm_loadu_si128(four)));
+  }
+  transpose8(a);
+#pragma GCC unroll 8
+  for (int i = 0; i < STEPS; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x_tile + i * 4 * kTableTokens), (__m256i)a[i]);
+  }
+}
+
+void place_rows(const int8_t* rows, int num_steps, int8_t* x_tile) {
+  const std::size_t stride = 4 * std::size_t(num_steps);
+  for (; num_steps > 0; num_steps -= 8, rows += 32, x_tile += 32 * kTableTokens) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int8_t* const from = rows + 8 * half * stride;
+      num_steps >= 8 ? place_half<8>(from, stride, x_tile + 32 * half)
+                     : place_half<4>(from, stride, x_tile + 32 * half);
     }
   }
 }
 
 }  // namespace
 
-const TableKernels kAvx2Tables = {name_triples, build_tables, add_tables, flush_partial, transpose_sums};
+const TableKernels kAvx2Tables = {place_rows, name_triples, build_tables, add_tables, flush_partial, transpose_sums};
 
 }  // namespace bitdistill

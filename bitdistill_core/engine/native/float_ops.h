@@ -152,21 +152,47 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim) {
   }
 }
 
-void store_key_value(const KeyValueHead& head, const float* key, const float* value, int position, int head_dim,
-                     int value_stride) {
-  const std::size_t first_key = std::size_t(position / kKeyBlock) * head_dim * kKeyBlock + position % kKeyBlock;
-  const std::size_t first_value = std::size_t(position) * value_stride;
-  if (head.half) {
-    uint16_t* keys = static_cast<uint16_t*>(head.key) + first_key;
-    uint16_t* values = static_cast<uint16_t*>(head.value) + first_value;
-    for (int i = 0; i < head_dim; ++i) keys[i * kKeyBlock] = float_to_half(key[i]);
-    for (int i = 0; i < head_dim; ++i) values[i] = float_to_half(value[i]);
-  } else {
-    float* keys = static_cast<float*>(head.key) + first_key;
-    float* values = static_cast<float*>(head.value) + first_value;
-    for (int i = 0; i < head_dim; ++i) keys[i * kKeyBlock] = key[i];
-    __builtin_memcpy(values, value, sizeof(float) * head_dim);
+BITDISTILL_INLINE void store_number(float* to, float value) { *to = value; }
+BITDISTILL_INLINE void store_number(uint16_t* to, float value) { *to = float_to_half(value); }
+
+template <class T>
+void store_typed(const KeyValueHead& head, const float* keys, const float* values, std::size_t stride, int position,
+                 int count, int head_dim, int value_stride) {
+  const std::size_t block = std::size_t(head_dim) * kKeyBlock;
+  for (int t = 0, most; t < count; t += most) {
+    T* const to = static_cast<T*>(head.key) + (position + t) / kKeyBlock * block + (position + t) % kKeyBlock;
+    const float* const from = keys + t * stride;
+    most = 1;
+    int i = 0;
+#ifdef __AVX2__
+    if (count - t >= 8 && (position + t) % 8 == 0) {  // eight keys' columns, which lie together
+      most = 8;
+      for (; i + 8 <= head_dim; i += 8) {
+        Float8 columns[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) columns[j] = load8(from + j * stride + i);
+        transpose8(columns);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) store8(to + (i + j) * kKeyBlock, columns[j]);
+      }
+    }
+#endif
+    for (; i < head_dim; ++i) {
+      for (int j = 0; j < most; ++j) store_number(to + i * kKeyBlock + j, from[j * stride + i]);
+    }
   }
+  T* to = static_cast<T*>(head.value) + std::size_t(position) * value_stride;
+  for (int t = 0; t < count; ++t, to += value_stride, values += stride) {
+    int i = 0;
+    for (; i + 8 <= head_dim; i += 8) store8(to + i, load8(values + i));
+    for (; i < head_dim; ++i) store_number(to + i, values[i]);
+  }
+}
+
+void store_keys_values(const KeyValueHead& head, const float* keys, const float* values, std::size_t stride,
+                       int position, int count, int head_dim, int value_stride) {
+  const auto store = head.half ? store_typed<uint16_t> : store_typed<float>;
+  store(head, keys, values, stride, position, count, head_dim, value_stride);
 }
 
 // Eight dwords: dword j holds bit j of each byte of `dword`, that is k = 4 j .. 4 j + 3 of a group of 32.
@@ -272,5 +298,5 @@ float dot(const float* x, const int8_t* w_int8, int n) {
 // The entries of a Kernels table that this file fills.
 #define BITDISTILL_FLOAT_OPS                                                                                   \
   .bound_rows = bound_rows, .finish = finish, .rms_norm = rms_norm, .quantize = quantize,                      \
-  .gate_multiply = gate_multiply, .rotate = rotate, .store_key_value = store_key_value, .attend = attend,       \
+  .gate_multiply = gate_multiply, .rotate = rotate, .store_keys_values = store_keys_values, .attend = attend,       \
   .decode_row = decode_row, .next_dot = next_dot, .dot = dot

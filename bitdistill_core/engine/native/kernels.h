@@ -62,6 +62,9 @@ constexpr int kTableTriples = 24, kBlockNames = kTableTriples * kPanelRows;
 constexpr int kTableSteps = kTableTriples / 4 * 3;  // steps of 4 k that a block covers, four triples for three
 
 struct TableKernels {
+  // Rows of kTableTokens tokens, 4 * num_steps bytes each, to a tile; num_steps is a multiple of 4.
+  void (*place)(const int8_t* rows, int num_steps, int8_t* x_tile);
+
   // Of a panel, which of the 27 each row has of each triple, 16 bytes a triple; `stride` from block to block.
   // A panel is groups of base 3, none in a file of two bits, and lines.
   void (*name_triples)(const uint8_t* panel, int num_groups, int num_lines, uint8_t* names, std::size_t stride);
@@ -146,9 +149,9 @@ struct Kernels {
   // x[i], x[i + d/2] rotated by the angle i of cos, sin (d / 2).
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
 
-  // Stores a key and a value, (head_dim) each, at `position`.
-  void (*store_key_value)(const KeyValueHead& head, const float* key, const float* value, int position, int head_dim,
-                          int value_stride);
+  // Stores keys and values, (count, head_dim) each with `stride` from row to row, at `position` and those behind it.
+  void (*store_keys_values)(const KeyValueHead& head, const float* keys, const float* values, std::size_t stride,
+                            int position, int count, int head_dim, int value_stride);
 
   // Softmax attention of up to kMostTiles tiles with the same head. A query may lie where its row's output goes.
   void (*attend)(const AttentionTile* tiles, int count);

@@ -240,20 +240,22 @@ void Int8Tokens::resize(const Kernels& kernels, int tokens, int k, int blocks) {
   x_int8.get(std::size_t(rows) * padded_k);
   scale.get(tokens);
   sum.get(std::size_t(blocks) * tokens);
-  if (tiled() && tokens % tile_tokens != 0) {  // the last tile's missing tokens
-    const std::size_t tile = std::size_t(tile_tokens) * padded_k;
-    std::memset(x_int8.data() + (num_tiles() - 1) * tile, 0, tile);
-  }
 }
 
-void Int8Tokens::place(int token, int k, int8_t* row) {
-  std::memset(row + k, 0, padded_k - k);
+void Int8Tokens::place(const Kernels& kernels, int first, int8_t* rows) {
+  int8_t* const out = x_int8.data() + std::size_t(first) * padded_k;
   if (!tiled()) {
-    std::memcpy(x_int8.data() + std::size_t(token) * padded_k, row, padded_k);
+    std::memcpy(out, rows, padded_k);
     return;
   }
-  int8_t* out = x_int8.data() + std::size_t(token / tile_tokens) * tile_tokens * padded_k + token % tile_tokens * 4;
-  for (int step = 0; step < padded_k / 4; ++step) std::memcpy(out + step * tile_tokens * 4, row + step * 4, 4);
+  const int missing = std::max(0, first + tile_tokens - num_tokens);
+  std::memset(rows + std::size_t(tile_tokens - missing) * padded_k, 0, std::size_t(missing) * padded_k);
+  if (for_tables()) return kernels.tables->place(rows, padded_k / 4, out);
+  for (int step = 0; step < padded_k / 4; ++step) {
+    for (int t = 0; t < kTileTokens; ++t) {
+      std::memcpy(out + (step * kTileTokens + t) * 4, rows + std::size_t(t) * padded_k + step * 4, 4);
+    }
+  }
 }
 
 void Int8Tokens::sum_blocks(int token, const int8_t* row) {
@@ -283,30 +285,29 @@ const int8_t* Scratch::lookups_of(const Kernels& kernels, const Linear& linear, 
 void quantize_tokens(Team& team, const Kernels& kernels, Scratch* scratch, const float* x, std::size_t stride, int k,
                      int num_blocks, int num_tokens, const Norm& outer, const Norm& inner, Int8Tokens& out) {
   out.resize(kernels, num_tokens, k, num_blocks);
-  const auto quantize = [&](int token, int thread) {
-    const float* row = x + token * stride;
-    float* normed = scratch[thread].row.get(k);
-    if (outer.weight != nullptr) {
-      kernels.rms_norm(row, outer.weight, outer.offset, outer.eps, k, normed);
-      row = normed;
+  const int at_once = out.tokens_at_once();
+  const auto quantize = [&](int first, int thread) {
+    float* const normed = scratch[thread].row.get(k);
+    int8_t* const rows_int8 = scratch[thread].rows_int8.get(std::size_t(at_once) * out.padded_k);
+    for (int token = first; token < std::min(num_tokens, first + at_once); ++token) {
+      const float* row = x + token * stride;
+      for (const Norm* norm : {&outer, &inner}) {
+        if (norm->weight == nullptr) continue;
+        kernels.rms_norm(row, norm->weight, norm->offset, norm->eps, k, normed);
+        row = normed;
+      }
+      int8_t* const row_int8 = rows_int8 + std::size_t(token - first) * out.padded_k;
+      out.scale.data()[token] = kernels.quantize(row, k, row_int8, out.sum.data() + token);
+      std::memset(row_int8 + k, 0, out.padded_k - k);
+      if (num_blocks > 1) out.sum_blocks(token, row_int8);
     }
-    if (inner.weight != nullptr) {
-      kernels.rms_norm(row, inner.weight, inner.offset, inner.eps, k, normed);
-      row = normed;
-    }
-    int8_t* row_int8 = scratch[thread].row_int8.get(out.padded_k);
-    out.scale.data()[token] = kernels.quantize(row, k, row_int8, out.sum.data() + token);
-    out.place(token, k, row_int8);
-    if (num_blocks > 1) out.sum_blocks(token, row_int8);
+    out.place(kernels, first, rows_int8);
   };
-  if (num_tokens <= kStreamTokens) {  // shorter than handing it out
+  if (!out.tiled()) {  // shorter than handing it out
     for (int token = 0; token < num_tokens; ++token) quantize(token, 0);
     return;
   }
-  constexpr int kTokens = 8;
-  team.run((num_tokens + kTokens - 1) / kTokens, [&](int item, int thread) {
-    for (int t = item * kTokens; t < std::min(num_tokens, (item + 1) * kTokens); ++t) quantize(t, thread);
-  });
+  team.run(out.num_tiles(), [&](int tile, int thread) { quantize(tile * at_once, thread); });
 }
 
 void multiply(Team& team, const Kernels& kernels, Scratch* scratch, const Product* products, int num_products) {
@@ -333,11 +334,12 @@ void exact_sums(Team& team, const Kernels& kernels, const Linear& linear, const 
                 int32_t* out) {
   Int8Tokens tokens;
   tokens.resize(kernels, num_tokens, linear.k, 1);
-  std::vector<int8_t> row(linear.k);
-  for (int t = 0; t < num_tokens; ++t) {
-    std::memcpy(row.data(), x + std::size_t(t) * linear.k, linear.k);
-    tokens.sum_blocks(t, row.data());
-    tokens.place(t, linear.k, row.data());
+  std::vector<int8_t> rows(std::size_t(tokens.tokens_at_once()) * linear.k);
+  for (int first = 0; first < num_tokens; first += tokens.tokens_at_once()) {
+    const int count = std::min(tokens.tokens_at_once(), num_tokens - first);
+    std::memcpy(rows.data(), x + std::size_t(first) * linear.k, std::size_t(count) * linear.k);
+    for (int t = 0; t < count; ++t) tokens.sum_blocks(first + t, rows.data() + std::size_t(t) * linear.k);
+    tokens.place(kernels, first, rows.data());
   }
   std::vector<Scratch> scratch(team.num_threads());
   const int num_panels = linear.num_panels();

@@ -96,9 +96,12 @@ struct Int8Tokens {
   int num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
   // For kernels.tables where it is there and faster, which one tile of kTileTokens is not.
   void resize(const Kernels& kernels, int tokens, int k, int num_blocks);
-  // Places one token's row; its padding is cleared. `row` has round_up(k, 16) elements, which this may overwrite.
-  void place(int token, int k, int8_t* row);
-  // Sums up each block of a row that was placed.
+  // Tokens that are placed together: those of a tile, or one.
+  int tokens_at_once() const { return tiled() ? tile_tokens : 1; }
+  // Places the tokens from `first` on, tokens_at_once() of them or what is left: row after row of padded_k elements,
+  // those beyond k 0. `rows` has room for tokens_at_once(), which this may overwrite.
+  void place(const Kernels& kernels, int first, int8_t* rows);
+  // Sums up each block of a token's row.
   void sum_blocks(int token, const int8_t* row);
 };
 
@@ -114,12 +117,12 @@ void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8
 struct Scratch {
   Buffer<uint8_t> codes;    // an unpacked panel
   Buffer<float> row;        // a normed token
-  Buffer<int8_t> row_int8;
+  Buffer<int8_t> rows_int8;  // tokens that are placed together
   Buffer<float> up;
   Buffer<uint8_t> triples;  // of the first thread: named triples of all panels at once
   Buffer<int16_t> tables, partial;
   Buffer<int32_t> sums;
-  Buffer<float> attention;  // rows of queries and their scores
+  Buffer<float> scores;     // of attention
   struct Lookups {          // for gemv_base3
     Buffer<int8_t> sums;    // (num_tokens, num_blocks, lookup_bytes)
     uint64_t number = 0;    // of the tokens they are of

@@ -63,8 +63,9 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
         std::make_unique<KeyValueCache>(1, config.num_key_value_heads, config.head_dim, batch.num_slots, false);
   }
 
-  float* x = space.x.get(std::size_t(batch.num_tokens) * hidden_stride);
-  embed(segments, x);
+  const std::size_t stride = row_stride(hidden_stride);
+  float* const x = space.x.get(batch.num_tokens * stride);
+  embed(segments, x, stride);
 
   // Of the last layer's tokens, all give keys and values, but only those whose output is wanted go on.
   const int last_layer = num_layers - 1;
@@ -75,8 +76,8 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
   const int chunk = round_up((batch.num_tokens + num_chunks - 1) / num_chunks, tile_tokens);
   for (int layer = 0; layer < num_layers; ++layer) {
     for (int first = 0; first < batch.num_tokens; first += chunk) {
-      const Tokens tokens{x + std::size_t(first) * hidden_stride, batch.segment_of.data() + first,
-                          batch.position_of.data() + first, std::min(chunk, batch.num_tokens - first)};
+      const Tokens tokens{x + first * stride, stride, batch.segment_of.data() + first, batch.position_of.data() + first,
+                          std::min(chunk, batch.num_tokens - first)};
       run_layer(space, batch, layer, tokens, layer < last_layer || all_wanted ? Part::kAll : Part::kKeysAndValues);
     }
   }
@@ -84,11 +85,12 @@ void Model::forward(const std::vector<Segment>& segments, const std::vector<int>
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     segment_of.push_back(batch.segment_of[outputs[i]]);
     position_of.push_back(batch.position_of[outputs[i]]);
-    std::memcpy(hidden + i * hidden_stride, x + std::size_t(outputs[i]) * hidden_stride, sizeof(float) * hidden_stride);
+    std::memcpy(hidden + i * hidden_stride, x + outputs[i] * stride, sizeof(float) * hidden_stride);
   }
   for (int first = 0; first < int(outputs.size()) && !all_wanted; first += kChunkTokens) {
-    const Tokens tokens{hidden + std::size_t(first) * hidden_stride, segment_of.data() + first,
-                        position_of.data() + first, std::min(kChunkTokens, int(outputs.size()) - first)};
+    const Tokens tokens{hidden + std::size_t(first) * hidden_stride, std::size_t(hidden_stride),
+                        segment_of.data() + first, position_of.data() + first,
+                        std::min(kChunkTokens, int(outputs.size()) - first)};
     run_layer(space, batch, last_layer, tokens, Part::kQueries);
   }
   for (std::size_t i = 0; i < outputs.size(); ++i) {
@@ -123,7 +125,7 @@ void Model::compute_angles(Workspace& space, const Batch& batch) const {
   }
 }
 
-void Model::embed(const std::vector<Segment>& segments, float* x) const {
+void Model::embed(const std::vector<Segment>& segments, float* x, std::size_t stride) const {
   std::vector<int> id(1);
   std::vector<int8_t> w_int8(embedding_.padded_size());
   int token = 0, previous = -1;
@@ -133,7 +135,7 @@ void Model::embed(const std::vector<Segment>& segments, float* x) const {
       id[0] = segment.ids[i];
       if (id[0] != previous) read_rows(kernels, embedding_, id, w_int8.data(), &scale);
       previous = id[0];
-      float* row = x + std::size_t(token) * hidden_stride;
+      float* row = x + token * stride;
       for (int d = 0; d < config.hidden_size; ++d) {
         row[d] = float(w_int8[d]) * scale * embedding_.column_scale[d] + embedding_.mean[d];
       }
@@ -148,9 +150,10 @@ void Model::embed(const std::vector<Segment>& segments, float* x) const {
 void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, const Tokens& tokens, Part part) {
   const Layer& layer = layers_[layer_index];
   const int count = tokens.count;
-  const std::size_t q_stride = round_up(layer.q.n, kPanelRows), kv_stride = round_up(layer.k.n, kPanelRows);
-  const std::size_t inner_stride = round_up(layer.gate.n, kPanelRows);
+  const std::size_t q_stride = row_stride(layer.q.n), kv_stride = row_stride(layer.k.n);
+  const std::size_t inner_stride = row_stride(layer.gate.n);
   float* const x = tokens.x;
+  const std::size_t x_stride = tokens.stride;
   float* const rows = space.rows.get(count * std::max(inner_stride, q_stride + 2 * kv_stride));
   float *const q = rows, *const k = q + count * q_stride, *const v = k + count * kv_stride;
   Scratch* scratch = space.scratch.data();
@@ -164,26 +167,28 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   // A linear that adds to the residual stream, normed on its way there in Gemma.
   const auto add_branch = [&](const Linear& linear, const float* post_norm) {
     if (post_norm == nullptr) {
-      const Product product{&linear, &space.normed, x, std::size_t(hidden_stride), true};
+      const Product product{&linear, &space.normed, x, x_stride, true};
       return multiply(team_, kernels, scratch, &product, 1);
     }
-    float* branch = space.branch.get(std::size_t(count) * hidden_stride);
-    const Product product{&linear, &space.normed, branch, std::size_t(hidden_stride), false};
+    float* const branch = space.branch.get(count * x_stride);
+    const Product product{&linear, &space.normed, branch, x_stride, false};
     multiply(team_, kernels, scratch, &product, 1);
-    for (int t = 0; t < count; ++t) {
-      float* row = branch + std::size_t(t) * hidden_stride;
-      kernels.rms_norm(row, post_norm, config.norm_offset, config.norm_eps, config.hidden_size, row);
-      for (int d = 0; d < config.hidden_size; ++d) x[std::size_t(t) * hidden_stride + d] += row[d];
-    }
+    for_tokens(team_, count, [&](int first, int last) {
+      for (int t = first; t < last; ++t) {
+        float* const row = branch + t * x_stride;
+        kernels.rms_norm(row, post_norm, config.norm_offset, config.norm_eps, config.hidden_size, row);
+        for (int d = 0; d < config.hidden_size; ++d) x[t * x_stride + d] += row[d];
+      }
+    });
   };
 
   const Norm input = norm(layer.norms.input);
   const bool own_norms = layer.k.input_norm != nullptr;  // SubLN in every linear: each quantises for itself
   const bool has_queries = part != Part::kKeysAndValues, has_keys = part != Part::kQueries;
-  if (has_queries || !own_norms) quantize(x, hidden_stride, input, layer.q, space.normed);
+  if (has_queries || !own_norms) quantize(x, x_stride, input, layer.q, space.normed);
   if (has_keys && own_norms) {
-    quantize(x, hidden_stride, input, layer.k, space.normed_k);
-    quantize(x, hidden_stride, input, layer.v, space.normed_v);
+    quantize(x, x_stride, input, layer.k, space.normed_k);
+    quantize(x, x_stride, input, layer.v, space.normed_v);
   }
   const Product projections[] = {{&layer.q, &space.normed, q, q_stride, false},
                                  {&layer.k, own_norms ? &space.normed_k : &space.normed, k, kv_stride, false},
@@ -197,8 +202,8 @@ void Model::run_layer(Workspace& space, const Batch& batch, int layer_index, con
   add_branch(layer.o, config.has_feedforward_norms ? layer.norms.post_attention : nullptr);
 
   const Norm before = norm(config.has_feedforward_norms ? layer.norms.pre_feedforward : layer.norms.post_attention);
-  quantize(x, hidden_stride, before, layer.gate, space.normed);
-  if (own_norms) quantize(x, hidden_stride, before, layer.up, space.normed_k);
+  quantize(x, x_stride, before, layer.gate, space.normed);
+  if (own_norms) quantize(x, x_stride, before, layer.up, space.normed_k);
   multiply_gated(team_, kernels, scratch, {&layer.gate, &space.normed, rows, inner_stride, false},
                  {&layer.up, own_norms ? &space.normed_k : &space.normed, nullptr, 0, false}, config.activation);
   quantize(rows, inner_stride, Norm{}, layer.down, space.normed);

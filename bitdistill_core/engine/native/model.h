@@ -81,8 +81,8 @@ class Model {
 
   // Cosines and sines of the positions in the batch.
   void compute_angles(Workspace& workspace, const Batch& batch) const;
-  // Embeddings (tokens, hidden_stride). Their rows come from the file, a token each; neighbours are often the same.
-  void embed(const std::vector<Segment>& segments, float* x) const;
+  // Embeddings (tokens, stride). Their rows come from the file, a token each; neighbours are often the same.
+  void embed(const std::vector<Segment>& segments, float* x, std::size_t stride) const;
   void run_layer(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens, Part part);
   void store_keys_and_values(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);
   void attend(Workspace& workspace, const Batch& batch, int layer, const Tokens& tokens);

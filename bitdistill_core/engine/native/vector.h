@@ -72,6 +72,39 @@ BITDISTILL_INLINE uint16_t float_to_half(float value) {
 BITDISTILL_INLINE Float8 load8(const uint16_t* x) {
   return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
+BITDISTILL_INLINE void store8(uint16_t* x, Float8 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+BITDISTILL_INLINE void store8(uint16_t* x, Float8 v) {
+  for (int i = 0; i < 8; ++i) x[i] = float_to_half(v[i]);
+}
+#endif
+
+#ifdef __AVX2__
+// Rows to columns, 8 x 8.
+BITDISTILL_INLINE void transpose8(Float8 (&a)[8]) {
+  __m256 b[8], c[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps((__m256)a[2 * i], (__m256)a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps((__m256)a[2 * i], (__m256)a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256d first = (__m256d)b[4 * i + j], second = (__m256d)b[4 * i + 2 + j];
+      c[4 * i + 2 * j] = (__m256)_mm256_unpacklo_pd(first, second);
+      c[4 * i + 2 * j + 1] = (__m256)_mm256_unpackhi_pd(first, second);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = (Float8)_mm256_permute2f128_ps(c[i], c[4 + i], 0x20);
+    a[4 + i] = (Float8)_mm256_permute2f128_ps(c[i], c[4 + i], 0x31);
+  }
+}
 #endif
 
 // e^x to about 2 units in the last place; below -87.3 it is 0.

@@ -22,6 +22,15 @@ struct Model::Workspace {
   std::vector<Scratch> scratch;
 };
 
+// Work on tokens [first, last); few are done sooner than they are handed out.
+template <class Work>
+inline void for_tokens(Team& team, int count, Work&& work) {
+  if (count <= kStreamTokens) return work(0, count);
+  constexpr int kTokens = 16;
+  team.run((count + kTokens - 1) / kTokens,
+           [&](int item, int) { work(item * kTokens, std::min(count, (item + 1) * kTokens)); });
+}
+
 // The segments of one call, with what each token needs.
 struct Model::Batch {
   const std::vector<Segment>& segments;
@@ -48,9 +57,16 @@ struct Model::Batch {
   }
 };
 
+// From token to token in a workspace, for n columns: not a multiple of 4 KiB, where rows share a few sets of a cache.
+inline std::size_t row_stride(int n) {
+  const std::size_t stride = round_up(n, kPanelRows);
+  return stride % 1024 == 0 ? stride + kPanelRows : stride;
+}
+
 // Rows of the residual stream that go through a layer together, and which tokens they are.
 struct Model::Tokens {
-  float* x;  // (count, hidden_stride)
+  float* x;  // (count, stride)
+  std::size_t stride;
   const int* segment_of;
   const int* position_of;
   int count;
