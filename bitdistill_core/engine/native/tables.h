@@ -9,21 +9,33 @@
 
 namespace bitdistill {
 
-// Bytes of triples that are named at once.
-constexpr int kNamedBytes = 640 << 10;
+// The most bytes of triples that are named at once.
+constexpr int kNamedBytes = 1152 << 10;
 
 struct PanelAt {
   const Linear* linear;
   int panel;
 };
 
-// In how many parts a group's panels are shared out, so that threads have the same work. Each part builds
-// its own tables.
-inline int parts_of_group(int num_groups, int num_threads) {
-  int parts = 1;
-  while (parts < 4 && num_groups * parts % num_threads != 0 && num_groups * parts < 3 * num_threads) ++parts;
-  return parts;
-}
+// Groups of tokens as items for a team: whole ones, and one a thread at the end in parts of its panels, which thus end
+// at nearly the same time. Each part builds its own tables.
+struct GroupItems {
+  int num_whole, num_parts, num_items;
+
+  GroupItems(int num_groups, int num_threads) {
+    const int num_split = std::min(num_groups, num_threads);
+    num_whole = num_groups - num_split;
+    num_parts = num_threads == 1 ? 1 : std::clamp((2 * num_threads + num_split - 1) / num_split, 2, 4);
+    num_items = num_whole + num_split * num_parts;
+  }
+  int group(int item) const { return item < num_whole ? item : num_whole + (item - num_whole) / num_parts; }
+  // Of `count` panels, the first of an item, and the one behind its last.
+  int begin(int item, int count) const { return item < num_whole ? 0 : part(item) * count / num_parts; }
+  int end(int item, int count) const { return item < num_whole ? count : (part(item) + 1) * count / num_parts; }
+
+ private:
+  int part(int item) const { return (item - num_whole) % num_parts; }
+};
 
 // Calls take(i, first token, tokens, sums) for every panel i of num_panels and group of tokens of x; at(i) says which
 // panel that is. sums[token][row] are those of w_ternary * x.
@@ -33,7 +45,8 @@ void for_table_sums(Team& team, const Kernels& kernels, Scratch* scratch, const 
   const TableKernels& tables = *kernels.tables;
   const int steps = x.padded_k / 4, panel_sums = kPanelRows * kTableTokens;
   const int num_blocks = (steps + kTableSteps - 1) / kTableSteps, num_groups = x.num_tiles();
-  const int at_once = std::max(1, kNamedBytes / (num_blocks * kBlockNames));
+  const int most = std::max(1, kNamedBytes / (num_blocks * kBlockNames)), num_rounds = (num_panels + most - 1) / most;
+  const int at_once = (num_panels + num_rounds - 1) / num_rounds;
   for (int begin = 0; begin < num_panels; begin += at_once) {
     const int count = std::min(at_once, num_panels - begin);
     const std::size_t stride = std::size_t(count) * kBlockNames;  // from block to block: panels are side by side
@@ -46,10 +59,10 @@ void for_table_sums(Team& team, const Kernels& kernels, Scratch* scratch, const 
                             stride);
       }
     });
-    const int parts = parts_of_group(num_groups, team.num_threads());
-    team.run(num_groups * parts, [&](int item, int thread) {
-      const int group = item / parts, part = item % parts;
-      const int first = count * part / parts, last = count * (part + 1) / parts;
+    const GroupItems items(num_groups, team.num_threads());
+    team.run(items.num_items, [&](int item, int thread) {
+      const int group = items.group(item), first = items.begin(item, count), last = items.end(item, count);
+      if (first == last) return;
       int16_t* const partial = scratch[thread].partial.get((last - first) * panel_sums);
       int32_t* const sums = scratch[thread].sums.get((last - first) * panel_sums);
       int16_t* const table = scratch[thread].tables.get(kTableTriples * kNumTriples * kTableTokens);
