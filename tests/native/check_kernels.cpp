@@ -1,6 +1,8 @@
 // Compares every table of kernels compiled into this program, and supported by this processor, with the scalar table
 // (integers: equal) and with double precision (floats: within a tolerance). One line a table; fails on any difference.
 //
+// Whole products of linear.cpp come last, with each table's kernels on two threads.
+//
 // Inputs and outputs end where an inaccessible page begins: a kernel that reads or writes past them ends the program.
 #include <cmath>
 #include <cstdio>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "check_attention.h"
+#include "check_products.h"
 #include "check_ternary.h"
 #include "checker.h"
 #include "dispatch.h"
@@ -306,6 +309,7 @@ int main() {
     Checker checker{*table.kernels};
     check_integers(checker);
     check_floats(checker);
+    check_products(checker);
     if (checker.differences > 0) std::printf("\n");
     std::printf("%ld checks, %ld differences\n", checker.checks, checker.differences);
     is_right = is_right && checker.differences == 0;

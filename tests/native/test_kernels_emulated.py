@@ -19,7 +19,10 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 EMULATED = ["-include", str(HERE / "vnni_emulated.h")]
 DOTPROD = ["-march=armv8.2-a+dotprod"]
 Part = tuple[Path, list[str]]
-CHECK: list[Part] = [(HERE / "check_kernels.cpp", ["-O1"]), (NATIVE / "scalar.cpp", [])]
+CHECK: list[Part] = [
+    (HERE / "check_kernels.cpp", ["-O1"]),
+    *((NATIVE / f"{name}.cpp", []) for name in ("scalar", "linear", "team")),
+]
 
 
 def build(compiler: str, parts: list[Part], folder: Path, link_flags: list[str]) -> Path:

@@ -110,6 +110,7 @@ void avx2_gemv_base3(const uint8_t* groups, int num_groups, const int8_t* lookup
           low = _mm256_add_epi8(low, _mm256_sign_epi8(_mm256_shuffle_epi8(load_bytes(lookup), magnitudes), signs));
           const __m256i high_bytes = _mm256_shuffle_epi8(load_bytes(lookup + 32), magnitudes);
           high = _mm256_add_epi8(high, _mm256_sign_epi8(high_bytes, signs));
+          asm("" : "+x"(low), "+x"(high));  // one after the other: as trees, sums need more registers than there are
         });
         partial[0] = _mm256_add_epi16(partial[0], _mm256_maddubs_epi16(radix, _mm256_unpacklo_epi8(low, high)));
         partial[1] = _mm256_add_epi16(partial[1], _mm256_maddubs_epi16(radix, _mm256_unpackhi_epi8(low, high)));
