@@ -1,7 +1,6 @@
 // Attention of a layer: keys and values go to the cache, queries look them up.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "workspace.h"

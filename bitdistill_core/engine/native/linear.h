@@ -116,7 +116,7 @@ void unpack_codes(const Kernels& kernels, const Linear& linear, int panel, uint8
 // Scratch of one thread.
 struct Scratch {
   Buffer<uint8_t> codes;    // an unpacked panel
-  Buffer<float> row;        // a normed token
+  Buffer<float> row;         // a normed token
   Buffer<int8_t> rows_int8;  // tokens that are placed together
   Buffer<float> up;
   Buffer<uint8_t> triples;  // of the first thread: named triples of all panels at once

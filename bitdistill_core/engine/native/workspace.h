@@ -24,7 +24,7 @@ struct Model::Workspace {
 
 // Work on tokens [first, last); few are done sooner than they are handed out.
 template <class Work>
-inline void for_tokens(Team& team, int count, Work&& work) {
+void for_tokens(Team& team, int count, Work&& work) {
   if (count <= kStreamTokens) return work(0, count);
   constexpr int kTokens = 16;
   team.run((count + kTokens - 1) / kTokens,
