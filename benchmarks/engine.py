@@ -66,7 +66,7 @@ class Configuration:
     kind: str  # of worker
     source: str
     tests: tuple[Test, ...]
-    max_rounds: int | None = None  # slow peers take fewer
+    max_rounds: int | None = None  # of a peer too slow for all of them
     is_file: bool = True
 
     def fresh_tests(self, number: int) -> tuple[Test, ...]:
@@ -87,7 +87,7 @@ def configurations(name: str, peers: Sequence[str], cache_dir: Path, num_threads
             found.append(Configuration(f"llamacpp_{gguf_type}", "llamacpp", str(path), tests))
     if "torch" in peers:
         tests = (PREFILL_128, PREFILL_512, DECODE)
-        found.append(Configuration("torch_f32", "torch", f"{name}:float32", tests, 3, is_file=False))
+        found.append(Configuration("torch_f32", "torch", f"{name}:float32", tests, is_file=False))
         short = (PREFILL_128, Test("generate", 1, 16, DECODE.name))
         found.append(Configuration("torch_bf16", "torch", f"{name}:bfloat16", short, 1, is_file=False))
     return found

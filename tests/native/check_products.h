@@ -36,10 +36,7 @@ struct RandomLinear {
     uint8_t* const to = codes.data + panel * linear.panel_bytes() + block * linear.block_bytes();
     uint8_t* const rest = to + std::size_t(groups) * kBase3Bytes;
     fill_groups(to, groups, true, 0);
-    for (int i = 0; i < lines * kLineBytes; ++i) {
-      rest[i] = 0;
-      for (int p = 0; p < 4; ++p) rest[i] = uint8_t(rest[i] << 2 | random_int(0, 2));
-    }
+    fill_lines(rest, std::size_t(lines) * kLineBytes);
     std::vector<uint8_t> unpacked(std::size_t(block_k) * kPanelRows);
     scalar_unpack_base3(to, groups, unpacked.data());
     scalar_kernels()->unpack_panel(rest, lines, unpacked.data() + std::size_t(groups) * kBase3K * kPanelRows);

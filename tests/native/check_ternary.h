@@ -20,15 +20,21 @@ void fill_activations(int8_t* x, int count, int pattern) {
   }
 }
 
+// Lines of random codes.
+void fill_lines(uint8_t* lines, std::size_t num_bytes) {
+  for (std::size_t i = 0; i < num_bytes; ++i) {
+    lines[i] = 0;
+    for (int p = 0; p < 4; ++p) lines[i] = uint8_t(lines[i] << 2 | random_int(0, 2));
+  }
+}
+
 void check_ternary(Checker& checker, int num_lines, int pattern) {
   const Kernels &kernels = checker.kernels, &expected = *scalar_kernels();
   const int slack = num_lines % 2, k = num_lines * kLineK;
   Guarded<uint8_t> lines(std::size_t(num_lines) * kLineBytes, slack), codes(std::size_t(k) * kPanelRows),
       expected_codes(codes.size);
-  for (std::size_t i = 0; i < lines.size; ++i) {
-    lines[i] = 0xaa;  // four codes 2
-    for (int p = 0; pattern == kRandom && p < 4; ++p) lines[i] = uint8_t(lines[i] << 2 | random_int(0, 2));
-  }
+  std::memset(lines, 0xaa, lines.size);  // four codes 2 a byte
+  if (pattern == kRandom) fill_lines(lines, lines.size);
   Guarded<int8_t> x(k, slack), x_tile(std::size_t(k) * kTileTokens, slack);
   Guarded<int32_t> sums(kPanelRows), tile_sums(kPanelRows * kTileTokens);
   int32_t expected_sums[kPanelRows * kTileTokens];
@@ -89,13 +95,12 @@ void check_tables(Checker& checker, int num_groups, int num_rest, int pattern) {
   Guarded<uint8_t> panel(group_bytes + std::size_t(num_rest) * kLineBytes, num_rest % 2);
   Guarded<uint8_t> codes(std::size_t(k) * kPanelRows);
   fill_groups(panel.data, num_groups, pattern == kRandom, pattern == kAlternating ? -13 : 13);
-  for (std::size_t i = group_bytes; i < panel.size; ++i) {
-    panel[i] = pattern == kAlternating ? 0 : 0xaa;  // four weights -1, or four weights 1
-    for (int p = 0; pattern == kRandom && p < 4; ++p) panel[i] = uint8_t(panel[i] << 2 | random_int(0, 2));
-  }
+  uint8_t* const rest = panel.data + group_bytes;
+  std::memset(rest, pattern == kAlternating ? 0 : 0xaa, panel.size - group_bytes);  // four weights -1 a byte, or 1
+  if (pattern == kRandom) fill_lines(rest, panel.size - group_bytes);
   scalar_unpack_base3(panel, num_groups, codes);
   uint8_t* const rest_codes = codes.data + std::size_t(num_groups) * kBase3K * kPanelRows;
-  scalar_kernels()->unpack_panel(panel.data + group_bytes, num_rest, rest_codes);
+  scalar_kernels()->unpack_panel(rest, num_rest, rest_codes);
   Guarded<int8_t> x_tile(std::size_t(k) * kTableTokens, num_lines % 2);
   fill_activations(x_tile, k * kTableTokens, pattern);
   Guarded<int8_t> rows(x_tile.size, num_lines % 2), placed(x_tile.size);

@@ -30,7 +30,7 @@ def build(compiler: str, parts: list[Part], folder: Path, link_flags: list[str])
     objects = [str(folder / f"{index}.o") for index in range(len(parts))]
     for (source, flags), target in zip(parts, objects, strict=True):
         run([compiler, *FLAGS, *flags, "-c", str(source), "-o", target])
-    run([compiler, *objects, *link_flags, "-o", str(folder / "check_kernels")])
+    run([compiler, *objects, "-pthread", *link_flags, "-o", str(folder / "check_kernels")])
     return folder / "check_kernels"
 
 
