@@ -81,6 +81,7 @@ void check_integers(Checker& checker) {
       check_scan(checker, size, pattern);
       check_rows(checker, size, pattern);
     }
+    check_rows(checker, 300, pattern);
     check_ternary(checker, 256, pattern);
     check_tables(checker, 0, 256, pattern);
     check_tables(checker, 42, 4, pattern);

@@ -228,17 +228,25 @@ void decode_row(const uint8_t* scan_panel, int r, const uint8_t* next, const uin
 
 int32_t next_dot(const uint8_t* next, int num_groups, const int8_t* x) {
   Int32x8 sums = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int group = 0; group < num_groups; ++group, next += kNextGroupBytes, x += kGroupK) {
-    const Int32x8 codes = spread_bits(next);
 #ifdef __AVX2__
-    const __m256i products = _mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i*)x));
-    sums += (Int32x8)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
-#else
-    typedef int8_t Bytes32 __attribute__((vector_size(32)));
-    const Bytes32 bytes = (Bytes32)codes;
-    for (int k = 0; k < kGroupK; ++k) sums[k % 8] += bytes[k] * x[k];
-#endif
+  constexpr int kFlushGroups = 127;  // two of x, from -128, a lane and group: 127 * 256 = 32,512
+  while (num_groups > 0) {
+    const int count = num_groups < kFlushGroups ? num_groups : kFlushGroups;
+    num_groups -= count;
+    __m256i partial = _mm256_setzero_si256();
+    for (int group = 0; group < count; ++group, next += kNextGroupBytes, x += kGroupK) {
+      const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+      partial = _mm256_add_epi16(partial, _mm256_maddubs_epi16((__m256i)spread_bits(next), values));
+    }
+    sums += (Int32x8)_mm256_madd_epi16(partial, _mm256_set1_epi16(1));
   }
+#else
+  for (int group = 0; group < num_groups; ++group, next += kNextGroupBytes, x += kGroupK) {
+    typedef int8_t Bytes32 __attribute__((vector_size(32)));
+    const Bytes32 bytes = (Bytes32)spread_bits(next);
+    for (int k = 0; k < kGroupK; ++k) sums[k % 8] += bytes[k] * x[k];
+  }
+#endif
   int32_t total = 0;
   for (int j = 0; j < 8; ++j) total += sums[j];
   return total;

@@ -18,6 +18,8 @@ constexpr int kMostWanted = 256;
 constexpr double kLargestNorm = 1e30;
 // Panels, and rows, that a thread takes at once.
 constexpr int kSharePanels = 64, kShareRows = 128;
+// How many rows ahead a thread asks for their next bits: all of a share's rows at once take twice as long.
+constexpr int kRowsAhead = 16;
 // The largest logit is below the best row's value by the upper bits by no more than this part of what the bound allows,
 // hardly ever: that part is some standard deviations where rows have hundreds of columns. Whether it was decides how
 // often the rows are scanned, never the result.
@@ -242,8 +244,9 @@ struct Search {
         kept[num_kept] = *row;
         if (row->bound >= least && !std::binary_search(guessed.begin(), guessed.end(), row->id)) ++num_kept;
       }
-      for (int i = 0; i < num_kept; ++i) prefetch(kept[i]);
+      for (int i = 0; i < std::min(kRowsAhead, num_kept); ++i) prefetch(kept[i]);
       for (int i = 0; i < num_kept; ++i) {
+        if (i + kRowsAhead < num_kept) prefetch(kept[i + kRowsAhead]);
         if (is_below_by_next_bit(kept[i]) || is_below_without_error(kept[i].id, own)) continue;
         ++computed;
         const float logit = exact(kept[i].id, own);
