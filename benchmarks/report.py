@@ -50,11 +50,12 @@ GGUF = {f"llamacpp_{key}": gguf_type for key, gguf_type in shapes.GGUF_TYPES.ite
 LABELS = {ENGINE: "engine"}
 LABELS |= {key: f"llama.cpp {t.body} + {t.head} head".replace(f" + {t.body} head", "") for key, t in GGUF.items()}
 LABELS |= {"torch_f32": "PyTorch float32", "torch_bf16": "PyTorch bfloat16"}
-GOALS = {  # at least
+GOALS = {  # at least, for shapes of Qwen3-0.6B
     "prefill512": {"llamacpp_f16": 3.0, "llamacpp_tq2_0": 2.5, "torch_f32": 4.0},
     "decode": {"llamacpp_f16": 6.0, "llamacpp_tq2_0": 1.5, "torch_f32": 18.0},
     "classify_b32": {"llamacpp_f16": 3.3},
 }
+OTHER_SHAPES = 0.85  # of these goals for others
 OTHERS = {
     "gemm_vs_ceiling": ("AVX2 matrix product / multiply-add ceiling of AVX2", "at least", 0.85),
     "gemv_vs_bandwidth": ("bytes/s of the one-token product / read bandwidth", "at least", 0.85),
@@ -71,8 +72,9 @@ INTRODUCTION = """# Results of the engine
 
 Written by `python -m benchmarks.report` from files of `python -m benchmarks.engine`; do not edit. The models have
 random weights: the figures are of speed and added memory, not of quality. In classification the engine computes the
-logits of three labels, llama.cpp those of the whole vocabulary. Goals were set in advance for a Zen 3 with two cores.
-Family/model 25/1 is a Zen 3, 25/17 a Zen 4, 26/2 a Zen 5. [How it is measured](../benchmarks/README.md)."""
+logits of three labels, llama.cpp those of the whole vocabulary. Goals were set in advance for a Zen 3 with two cores;
+those of speed beside other engines are 15% lower for other shapes than qwen3-0.6b. Family/model 25/1 is a Zen 3, 25/17
+a Zen 4, 26/2 a Zen 5. [How it is measured](../benchmarks/README.md)."""
 ELSEWHERE = """## Measured elsewhere: other engines on a Zen 3
 
 The 0.6B shapes with two threads, median tokens/s of another day; ratios are medians over rounds, not quotients of the
@@ -160,7 +162,8 @@ def _comparison(result: Result) -> str:
     rows += ["| figure | median | min to max over rounds | goal | goal is |", "|---|---:|---:|---:|---|"]
     for key, values in by_round(result).items():
         test, _, peer = key.partition("_vs_")
-        speed = (f"{TESTS.get(test)} / {LABELS.get(peer)}", "at least", GOALS.get(test, {}).get(peer, 0.0))
+        least = GOALS.get(test, {}).get(peer, 0.0) * (1 if result["shapes"] == PICTURED else OTHER_SHAPES)
+        speed = (f"{TESTS.get(test)} / {LABELS.get(peer)}", "at least", least)
         (label, direction, goal), value = OTHERS.get(key, speed), median(values)
         spread = f"{_number(min(values))} to {_number(max(values))}" if len(values) > 1 else "one round"
         is_met = value <= goal if direction == "at most" else value >= goal

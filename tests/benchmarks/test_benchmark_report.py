@@ -100,6 +100,13 @@ def test_a_ratio_has_its_median_spread_goal_and_verdict(page: str) -> None:
     assert row(page, "the same, with two bits a weight")[0::3] == ["0.900", "met"]
 
 
+def test_other_shapes_have_lower_goals_beside_other_engines_only() -> None:
+    other = report.markdown([RESULT | {"shapes": "qwen3-1.7b"}], "qwen3-1.7b")
+    assert row(other, "decode / llama.cpp F16")[2:] == ["at least 5.1", "not met"]
+    assert row(other, "decode / llama.cpp TQ2_0 + Q4_0 head")[2:] == ["at least 1.275", "met"]
+    assert row(other, "bytes/s of the one-token product / read bandwidth")[2] == "at least 0.85"
+
+
 def test_memory_and_time_meet_a_goal_from_below(page: str) -> None:
     assert row(page, "memory added to classify / size in F16") == ["0.100", "0.100 to 0.100", "at most 0.1", "met"]
     assert row(page, "memory added to generate / size in F16")[2:] == ["at most 0.2", "not met"]
